@@ -1,0 +1,1 @@
+"""The operations that carry the model's arithmetic, each with a plain PyTorch reference."""

@@ -1,0 +1,1 @@
+"""mgt-fast: the Multi-view Graph Transformer for crystals, compiled and fast."""
