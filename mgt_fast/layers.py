@@ -1,0 +1,299 @@
+"""The layers of both encoders.
+
+Parameters keep the published names and shapes, so that checkpoints fit; the forward passes merge chains of
+linear maps inside (identities 1-3 and 5 of the merged algebra) and hand the arithmetic to `kernels`.
+Letters: N atoms, E edges, B crystals, C channels.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .data.elements import cgcnn_features
+from .graph import CrystalGraph
+from .kernels.activations import softplus
+from .kernels.edge_attention import edge_attention
+from .kernels.node_attention import node_attention
+from .kernels.rbf_embedding import rbf_linear
+from .kernels.segments import Segments
+from .kernels.tensor_product import TensorProductShape, tensor_product_1, tensor_product_2
+
+
+class GraphIndex:
+    """Which rows of a graph belong together; everything is made once, at its first use."""
+
+    def __init__(self, graph: CrystalGraph):
+        self.graph = graph
+
+    @cached_property
+    def source(self) -> Segments:
+        """Atom each edge starts from (row 0)."""
+        return Segments(self.graph.edge_index[0], self.graph.num_atoms, self.graph.row_ptr)
+
+    @cached_property
+    def target(self) -> Segments:
+        """Atom each edge points to (row 1)."""
+        return Segments(self.graph.edge_index[1], self.graph.num_atoms)
+
+    @cached_property
+    def crystal(self) -> Segments:
+        """Crystal of each atom."""
+        return Segments(self.graph.batch, self.graph.num_crystals, self.graph.batch_ptr)
+
+    @cached_property
+    def crystal_of_edge(self) -> Segments:
+        """Crystal of each edge."""
+        edge_ptr = self.graph.row_ptr[self.graph.batch_ptr]
+        index = self.graph.batch[self.graph.edge_index[0]]
+        return Segments(index, self.graph.num_crystals, edge_ptr)
+
+    @cached_property
+    def frame_of_row(self) -> Segments:
+        """Row m·B + b, lattice direction m of crystal b, of each row m·E + e."""
+        crystal = self.crystal_of_edge
+        directions = torch.arange(3, device=crystal.ptr.device)[:, None]
+        index = (crystal.index + directions * self.graph.num_crystals).flatten()
+        last = torch.full((1,), index.shape[0], device=index.device)
+        ptr = torch.cat(((crystal.ptr[:-1] + directions * self.graph.num_edges).flatten(), last))
+        return Segments(index, 3 * self.graph.num_crystals, ptr)
+
+
+class AtomEmbedding(nn.Linear):
+    """Linear map of the 92-entry CGCNN vector of each element to C channels."""
+
+    def __init__(self, channels: int):
+        features = cgcnn_features()
+        super().__init__(features.shape[1], channels)
+        self.register_buffer("features", features, persistent=False)
+
+    def forward(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Embed atomic numbers, (N,) → (N, C), through one product per distinct element."""
+        elements, element_of_atom = numbers.unique(return_inverse=True)
+        features = self.features[elements]
+        if features.isnan().any():
+            unknown = elements[features.isnan().any(1)].tolist()
+            raise ValueError(f"no CGCNN features for atomic numbers {unknown}; leave these crystals out")
+        return super().forward(features)[element_of_atom]
+
+
+class RBF(nn.Module):
+    """Centres of K evenly spaced Gaussians one spacing wide."""
+
+    def __init__(self, low: float, high: float, num_centers: int):
+        super().__init__()
+        self.register_buffer("centers", torch.linspace(low, high, num_centers))
+
+    @cached_property
+    def spacing(self) -> float:
+        """Mean distance of two centres; published checkpoints hold it to float32 precision."""
+        return float(np.diff(self.centers.float().cpu().numpy()).mean())
+
+
+class RBFEmbedding(nn.Sequential):
+    """Linear(RBF(x)), (R,) → (R, C); the caller applies the activation."""
+
+    def __init__(self, low: float, high: float, channels: int):
+        super().__init__(RBF(low, high, channels), nn.Linear(channels, channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Embed R values."""
+        rbf, linear = self
+        return rbf_linear(x, linear.weight, linear.bias, rbf.centers, rbf.spacing)
+
+
+def _mlp(channels: int) -> nn.Sequential:
+    """First and second layer of the key or the value network on three concatenated inputs."""
+    return nn.Sequential(nn.Linear(3 * channels, channels), nn.SiLU(), nn.Linear(channels, channels))
+
+
+class _Attention(nn.Module):
+    """Parameters that the edge-wise and the node-wise layer share."""
+
+    def __init__(self, channels: int, edge_bias: bool):
+        super().__init__()
+        self.lin_query = nn.Linear(channels, channels)
+        self.lin_key = nn.Linear(channels, channels)
+        self.lin_value = nn.Linear(channels, channels)
+        self.lin_edge = nn.Linear(channels, channels, bias=edge_bias)
+        self.key_update = _mlp(channels)
+        self.lin_msg_update = _mlp(channels)
+        self.lin_concate = nn.Linear(channels, channels)
+        self.bn_att = nn.BatchNorm1d(channels)
+        self.bn = nn.BatchNorm1d(channels)
+
+
+class EdgeWiseAttention(_Attention):
+    """Edge-wise layer of the SE(3) encoder: f ← softplus(f + BN(Σ_m Wc v_m σ(BN(q k_m / √C))))."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, edge_bias=False)
+        for m in (1, 2, 3):
+            self.add_module(f"lin_key_e{m}", nn.Linear(channels, channels))
+            self.add_module(f"lin_value_e{m}", nn.Linear(channels, channels))
+
+    def forward(
+        self, edge: torch.Tensor, angle: torch.Tensor, frame: torch.Tensor, index: GraphIndex
+    ) -> torch.Tensor:
+        """Update edge features.
+
+        Args:
+            edge: f, (E, C).
+            angle: embeddings of the angles to the lattice frame, (3, E, C).
+            frame: embeddings of the frame's lengths, (3, B, C).
+            index: the graph's rows.
+        """
+        edge_w, angle_w, frame_terms = [self.lin_query.weight], [], []
+        for name, mlp in (("key", self.key_update), ("value", self.lin_msg_update)):
+            of_edge, of_frame, of_angle = mlp[0].weight.chunk(3, dim=1)
+            lin_edge = self.get_submodule(f"lin_{name}")
+            edge_w.append(of_edge @ lin_edge.weight)
+            angle_w.append(of_angle @ self.lin_edge.weight)
+            lin_frame = [self.get_submodule(f"lin_{name}_e{m}") for m in (1, 2, 3)]
+            constant = of_edge @ lin_edge.bias + mlp[0].bias
+            frame_terms.append(
+                torch.stack(
+                    [
+                        F.linear(frame[m], of_frame @ lin.weight, constant + of_frame @ lin.bias)
+                        for m, lin in enumerate(lin_frame)
+                    ]
+                )
+            )
+        gated = edge_attention(
+            edge,
+            angle,
+            torch.cat(frame_terms, dim=2).flatten(0, 1),
+            index.frame_of_row,
+            torch.cat(edge_w),
+            self.lin_query.bias,
+            torch.cat(angle_w),
+            self.key_update[2],
+            self.lin_msg_update[2],
+            self.bn_att,
+        )
+        # The projection is applied once to the sum over three directions, its bias three times.
+        out = F.linear(gated, self.lin_concate.weight, 3 * self.lin_concate.bias)
+        return softplus(edge + self.bn(out))
+
+
+class NodeWiseAttention(_Attention):
+    """Node-wise layer of both encoders: x_i ← softplus(x_i + BN(Wc Σ_j v σ(BN(q k / √C))))."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, edge_bias=True)
+
+    def forward(self, node: torch.Tensor, edge: torch.Tensor, index: GraphIndex) -> torch.Tensor:
+        """Update atom features x (N, C) from edge features f (E, C)."""
+        as_target, as_source, edge_w, edge_b = [], [], [], []
+        for lin, mlp in ((self.lin_key, self.key_update), (self.lin_value, self.lin_msg_update)):
+            of_target, of_source, of_edge = mlp[0].weight.chunk(3, dim=1)
+            as_target.append(of_target @ lin.weight)
+            as_source.append(of_source @ lin.weight)
+            edge_w.append(of_edge @ self.lin_edge.weight)
+            edge_b.append((of_target + of_source) @ lin.bias + of_edge @ self.lin_edge.bias + mlp[0].bias)
+        gated = node_attention(
+            node,
+            edge,
+            index.source,
+            index.target,
+            torch.cat((self.lin_query.weight, *as_target, *as_source)),
+            self.lin_query.bias,
+            torch.cat(edge_w),
+            torch.cat(edge_b),
+            self.key_update[2],
+            self.lin_msg_update[2],
+            self.bn_att,
+        )
+        return softplus(node + self.bn(self.lin_concate(gated)))
+
+
+class _TensorProductBuffers(nn.Module):
+    """Buffers that e3nn's tensor product puts into published checkpoints; nothing reads them."""
+
+    def __init__(self, output_dim: int):
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(0))
+        self.register_buffer("output_mask", torch.ones(output_dim))
+
+
+class _TensorProductLayer(nn.Module):
+    """Weight network of one tensor product: hidden channels, then the weights of every path."""
+
+    def __init__(self, channels: int, shape: TensorProductShape, output_dim: int):
+        super().__init__()
+        self.fc = nn.Sequential(
+            nn.Linear(channels, channels), nn.Softplus(), nn.Linear(channels, shape.weight_rows)
+        )
+        self.tp = _TensorProductBuffers(output_dim)
+
+
+class EquivariantUpdate(nn.Module):
+    """Equivariant layer of the SO(3) encoder: scalars up to l = 2 and back to scalars."""
+
+    def __init__(self, channels: int, shape: TensorProductShape):
+        super().__init__()
+        ns, nv = shape.num_scalars, shape.num_vectors
+        self.shape = shape
+        self.node_linear = nn.Linear(channels, ns)
+        self.nlayer_1 = _TensorProductLayer(channels, shape, ns + 3 * nv + 5 * nv)
+        self.nlayer_2 = _TensorProductLayer(channels, shape, ns)
+        self.bn = nn.BatchNorm1d(ns)
+        self.node_linear_2 = nn.Linear(ns, channels)
+
+    def features(
+        self,
+        node: torch.Tensor,
+        edge: torch.Tensor,
+        harmonics: tuple[torch.Tensor, torch.Tensor],
+        index: GraphIndex,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Compute the equivariant atom features u1: (N, ns) 0e, (N, nv, 3) 1o and (N, nv, 5) 2e."""
+        fc = self.nlayer_1.fc
+        scalars = self.node_linear(node)
+        mean, first, second = tensor_product_1(
+            scalars,
+            softplus(fc[0](edge)),
+            harmonics,
+            fc[2].weight,
+            fc[2].bias,
+            self.shape,
+            index.source,
+            index.target,
+        )
+        return mean + scalars, first, second
+
+    def forward(
+        self,
+        node: torch.Tensor,
+        edge: torch.Tensor,
+        harmonics: tuple[torch.Tensor, torch.Tensor],
+        index: GraphIndex,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Update atom features.
+
+        Args:
+            node: x, (N, C).
+            edge: f, (E, C).
+            harmonics: Y_1 (E, 3) and Y_2 (E, 5) of the edge vectors.
+            index: the graph's rows.
+
+        Returns:
+            x (N, C) and the l = 1 features on the way, (N, nv, 3).
+        """
+        fc = self.nlayer_2.fc
+        features = self.features(node, edge, harmonics, index)
+        scalars = tensor_product_2(
+            features,
+            softplus(fc[0](edge)),
+            harmonics,
+            fc[2].weight,
+            fc[2].bias,
+            self.shape,
+            index.source,
+            index.target,
+        )
+        return node + softplus(self.node_linear_2(softplus(self.bn(scalars)))), features[1]
