@@ -1,0 +1,192 @@
+"""From crystals to a table of predictions in the target's units."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from .checkpoint import CheckpointMeta
+from .graph import CrystalGraph, build_graph
+from .structures import CrystalBatch
+
+if TYPE_CHECKING:
+    from .model import MGT
+
+
+@dataclass(frozen=True)
+class PredictionTable:
+    """Predictions of n crystals.
+
+    Attributes:
+        ids: one name a crystal.
+        prediction: (n,) float64 in the target's units; (n, output_dim) for a network of several outputs.
+        contributions: shares of the SE(3) and the SO(3) view in each prediction, (n, 2), or None where the
+            network has no router.
+        target, unit: what is predicted; None if the checkpoint does not say.
+    """
+
+    ids: tuple[str, ...]
+    prediction: np.ndarray
+    contributions: np.ndarray | None
+    target: str | None = None
+    unit: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def label(self) -> str:
+        """Name of the predicted quantity with its unit, as "band_gap [eV]"."""
+        name = self.target or "prediction"
+        return f"{name} [{self.unit}]" if self.unit else name
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """Return the table's columns by name: id, prediction(s), contributions of the views."""
+        columns = {"id": np.array(self.ids, dtype=object)}
+        if self.prediction.ndim == 1:
+            columns[self.label] = self.prediction
+        else:
+            columns |= {f"{self.label} {k}": column for k, column in enumerate(self.prediction.T)}
+        if self.contributions is not None:
+            columns |= {
+                "se3_contribution": self.contributions[:, 0],
+                "so3_contribution": self.contributions[:, 1],
+            }
+        return columns
+
+    def write(self, path: str | Path) -> None:
+        """Write the table as .csv or .parquet."""
+        write_table(path, self.columns())
+
+    @classmethod
+    def concatenate(cls, tables: Sequence[PredictionTable]) -> PredictionTable:
+        """Join tables of one model; there must be at least one."""
+        first = tables[0]
+        return cls(
+            ids=tuple(name for table in tables for name in table.ids),
+            prediction=np.concatenate([table.prediction for table in tables]),
+            contributions=None
+            if first.contributions is None
+            else np.concatenate([table.contributions for table in tables]),
+            target=first.target,
+            unit=first.unit,
+        )
+
+
+def check_table_path(path: str | Path) -> Path:
+    """Return `path` if `write_table` can write it.
+
+    Raises:
+        ValueError: if its suffix is neither .csv nor .parquet.
+    """
+    path = Path(path)
+    if path.suffix not in (".csv", ".parquet"):
+        raise ValueError(
+            f"{path}: tables are written as .csv or .parquet, not as {path.suffix or 'a bare name'}"
+        )
+    return path
+
+
+def write_table(path: str | Path, columns: dict[str, np.ndarray]) -> None:
+    """Write equally long columns as .csv or .parquet; the suffix decides."""
+    import pyarrow as pa
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    path = check_table_path(path)
+    table = pa.table(columns)
+    if path.suffix == ".csv":
+        pa.csv.write_csv(table, path)
+    else:
+        pa.parquet.write_table(table, path)
+
+
+def model_meta(model: MGT) -> CheckpointMeta:
+    """Return a model's metadata; one that came from no checkpoint predicts what its output layer gives."""
+    return getattr(model, "meta", None) or CheckpointMeta(model=model.config)
+
+
+@torch.no_grad()
+def predict_graphs(model: MGT, graphs: Iterable[CrystalGraph]) -> PredictionTable:
+    """Predict the crystals of some batches of graphs, in eval mode.
+
+    Args:
+        model: a network for prediction; its mode is left as it was.
+        graphs: batches on the model's device, in its floating-point type.
+
+    Raises:
+        ValueError: if the network is one for pretraining, there is no crystal, or a prediction is not
+            finite; the message names the crystals.
+    """
+    meta = model_meta(model)
+    if meta.model.task != "predict":
+        raise ValueError("this network was pretrained and predicts no property yet; fine-tune it first")
+    was_training = model.training
+    model.eval()
+    try:
+        tables = [_predict_graph(model, graph, meta) for graph in graphs]
+    finally:
+        model.train(was_training)
+    if not tables:
+        raise ValueError("no crystals to predict")
+    return PredictionTable.concatenate(tables)
+
+
+def _predict_graph(model: MGT, graph: CrystalGraph, meta: CheckpointMeta) -> PredictionTable:
+    output = model(graph)
+    prediction = output.prediction.double().cpu().numpy() * meta.target_std + meta.target_mean
+    bad = np.flatnonzero(~np.isfinite(prediction).all(axis=1))
+    if bad.size:
+        names = ", ".join(graph.ids[b] for b in bad)
+        raise ValueError(f"predictions are not finite for {names}; are their cells and atoms sensible?")
+    contributions = output.contributions
+    return PredictionTable(
+        ids=graph.ids,
+        prediction=prediction[:, 0] if prediction.shape[1] == 1 else prediction,
+        contributions=None if contributions is None else contributions.double().cpu().numpy(),
+        target=meta.target,
+        unit=meta.unit,
+    )
+
+
+def predict_crystals(model: MGT, batches: Iterable[CrystalBatch]) -> PredictionTable:
+    """Build the graphs the checkpoint prescribes and predict; see `predict_graphs`."""
+    meta = model_meta(model)
+    parameter = next(model.parameters())
+
+    def graphs() -> Iterator[CrystalGraph]:
+        for crystals in batches:
+            graph = build_graph(crystals, max_neighbors=meta.max_neighbors, compat=meta.compat)
+            yield graph.to(device=parameter.device, dtype=parameter.dtype)
+
+    return predict_graphs(model, graphs())
+
+
+def predict_structures(
+    model: MGT, structures: Sequence, ids: Sequence[str] | None = None, batch_size: int = 64
+) -> PredictionTable:
+    """Predict pymatgen Structures and ASE Atoms (they may be mixed).
+
+    Args:
+        model: a network for prediction, usually from `MGT.load`.
+        structures: the crystals.
+        ids: one name a crystal; "0", "1", ... when absent.
+        batch_size: crystals at a time.
+
+    Raises:
+        TypeError, ValueError: as `CrystalBatch.from_structures` and `predict_graphs`.
+    """
+    if ids is None:
+        ids = [str(i) for i in range(len(structures))]
+    return predict_crystals(
+        model,
+        (
+            CrystalBatch.from_structures(structures[i : i + batch_size], ids[i : i + batch_size])
+            for i in range(0, len(structures), batch_size)
+        ),
+    )

@@ -1,0 +1,113 @@
+"""Pictures of a run: loss curves, parity of predictions, and the router's shares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+# Colour-blind safe (Okabe and Ito): train, val, test.
+COLORS = {"train": "#0072B2", "val": "#E69F00", "test": "#009E73"}
+_STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+
+
+def _figure(width: float, height: float, columns: int = 1):
+    """Return a figure bound to the file backend, and its axes; no global state is touched."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def plot_curves(
+    path: str | Path,
+    records: Sequence[Mapping[str, float]],
+    panels: Mapping[str, tuple[str, ...]],
+    references: Mapping[str, tuple[float, str]] | None = None,
+) -> None:
+    """Draw metrics over epochs, a panel a kind, and write a PNG.
+
+    Args:
+        path: the picture.
+        records: lines of metrics.jsonl.
+        panels: axis label to the metrics drawn in it; a name's first word ("train", "val") gives its colour.
+        references: axis label to a value drawn as a dashed line, and its name.
+    """
+    with mpl.rc_context(_STYLE):
+        figure, axes = _figure(4.2 * len(panels), 3.2, len(panels))
+        epochs = [record["epoch"] for record in records]
+        for ax, (label, names) in zip(axes, panels.items(), strict=True):
+            for name in names:
+                values = [record[name] for record in records]
+                part, _, quantity = name.partition("_")
+                ax.plot(epochs, values, color=COLORS[part], marker=".", label=f"{part} {quantity}")
+            if references and label in references:
+                value, text = references[label]
+                ax.axhline(value, color="0.5", linestyle="--", linewidth=1, label=text)
+            ax.set(xlabel="epoch", ylabel=label, yscale="log")
+            ax.legend()
+        figure.savefig(path, dpi=150)
+
+
+def plot_parity(
+    path: str | Path, parts: Mapping[str, tuple[np.ndarray, np.ndarray]], quantity: str, unit: str | None
+) -> None:
+    """Draw predictions over targets, and write a PNG.
+
+    Args:
+        path: the picture.
+        parts: part name to its targets and predictions, (n,) each.
+        quantity, unit: what is predicted.
+    """
+    suffix = f" ({unit})" if unit else ""
+    with mpl.rc_context(_STYLE):
+        figure, (ax,) = _figure(4.4, 4.2)
+        both = np.concatenate([np.concatenate(pair) for pair in parts.values()])
+        low, high = both.min(), both.max()
+        margin = 0.04 * (high - low)
+        limits = (low - margin, high + margin)
+        ax.plot(limits, limits, color="0.6", linewidth=1, zorder=0)
+        for name, (target, prediction) in parts.items():
+            mae = np.abs(target - prediction).mean()
+            label = f"{name}: MAE {mae:.3g}{' ' + unit if unit else ''} (n = {len(target)})"
+            ax.scatter(target, prediction, s=9, alpha=0.6, linewidths=0, color=COLORS[name], label=label)
+        words = quantity.replace("_", " ")
+        ax.set(
+            xlim=limits,
+            ylim=limits,
+            aspect="equal",
+            xlabel=f"{words}{suffix}, reference",
+            ylabel=f"{words}{suffix}, predicted",
+        )
+        ax.legend(loc="upper left")
+        figure.savefig(path, dpi=150)
+
+
+def plot_router(
+    path: str | Path, so3_share: np.ndarray, target: np.ndarray, quantity: str, unit: str | None
+) -> None:
+    """Draw how much of each prediction the router takes from the SO(3) view, and write a PNG.
+
+    Args:
+        path: the picture.
+        so3_share: the SO(3) view's contribution, (n,), in [0, 1]; the SE(3) view has the rest.
+        target: the crystals' targets, (n,).
+        quantity, unit: what is predicted.
+    """
+    suffix = f" ({unit})" if unit else ""
+    with mpl.rc_context(_STYLE):
+        figure, (left, right) = _figure(8.0, 3.2, 2)
+        left.hist(so3_share, bins=np.linspace(0, 1, 26), color=COLORS["train"])
+        left.axvline(0.5, color="0.5", linestyle="--", linewidth=1)
+        left.set(xlabel="← SE(3) view    share of the SO(3) view →", ylabel="crystals", xlim=(0, 1))
+        right.scatter(target, so3_share, s=9, alpha=0.6, linewidths=0, color=COLORS["train"])
+        right.axhline(0.5, color="0.5", linestyle="--", linewidth=1)
+        right.set(
+            xlabel=f"{quantity.replace('_', ' ')}{suffix}, reference",
+            ylabel="share of the SO(3) view",
+            ylim=(0, 1),
+        )
+        figure.savefig(path, dpi=150)

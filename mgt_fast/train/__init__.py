@@ -1,0 +1,1 @@
+"""Training: run configuration, batches, the loop, and the two tasks it runs."""

@@ -1,0 +1,335 @@
+"""Run configurations: what `mgt-fast pretrain` and `mgt-fast finetune` read, check and write back.
+
+A run is described by the defaults below (the published settings), a YAML file over them and `--set a.b=c`
+over both. Unknown keys, wrong types and values out of range are errors that name the key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from ..config import MGTConfig
+
+CONFIG_DIR = Path(__file__).parent.parent / "configs"
+
+
+class ConfigError(ValueError):
+    """A run configuration that cannot be used; the message names each key at fault."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class DataConfig(_Section):
+    """The crystals of a run and how their graphs are built.
+
+    Attributes:
+        path: prepared dataset (see `mgt-fast prepare`); null is the bundled Materials Project set.
+        max_neighbors: nearest neighbours an atom is given at least; shells are kept whole.
+        compat: "comformer" builds the graphs of the published program, null those of `graph.build_graph`.
+        fractions: null uses the dataset's own train/val/test parts; three numbers adding up to 1 draw
+            parts at random (with `seed`) instead.
+        limit: keep at most this many crystals of each part, drawn with `seed` (for a quick try).
+    """
+
+    path: Path | None = None
+    max_neighbors: PositiveInt = 25
+    compat: Literal["comformer"] | None = None
+    fractions: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] | None = None
+    limit: PositiveInt | None = None
+
+    @field_validator("fractions")
+    @classmethod
+    def _adds_up(cls, fractions):
+        if fractions is not None and abs(sum(fractions) - 1) > 1e-6:
+            raise ValueError(f"the fractions {list(fractions)} add up to {sum(fractions):g}, not to 1")
+        return fractions
+
+
+class PretrainDataConfig(DataConfig):
+    """Crystals of a pretraining run.
+
+    Attributes:
+        train: parts to learn from; "" holds the crystals that are in no official part. The val and test
+            parts are left out unless named here.
+        held_out: part on which the losses are reported.
+    """
+
+    train: tuple[str, ...] = ("train", "")
+    held_out: str = "val"
+
+    @model_validator(mode="after")
+    def _disjoint(self) -> Self:
+        if self.held_out in self.train:
+            raise ValueError(f"held_out = {self.held_out!r} is also one of the train parts {self.train}")
+        return self
+
+
+class FinetuneDataConfig(DataConfig):
+    """Crystals and target of a fine-tuning run.
+
+    Attributes:
+        target: name of the property to learn.
+        scale_target: learn (target − mean) / standard deviation of the training part; the published runs
+            do so for every target but the bulk and shear moduli.
+    """
+
+    target: str = "formation_energy_per_atom"
+    scale_target: bool = True
+
+
+class OptimConfig(_Section):
+    """AdamW, a linear warm-up and a cosine down to zero, both counted in steps.
+
+    Attributes:
+        lr: learning rate at the end of the warm-up.
+        weight_decay: AdamW's decoupled weight decay.
+        epochs: passes over the training crystals.
+        warmup_epochs: length of the warm-up; need not be whole.
+        batch_size: crystals in a step, at most (see `batches.split_evenly`).
+        grad_clip: largest norm of the whole gradient; null does not clip.
+    """
+
+    lr: PositiveFloat
+    weight_decay: NonNegativeFloat = 0.01
+    epochs: PositiveInt
+    warmup_epochs: NonNegativeFloat
+    batch_size: Annotated[int, Field(ge=2)]
+    grad_clip: PositiveFloat | None = None
+
+
+class PretrainingConfig(_Section):
+    """The pretraining losses.
+
+    Attributes:
+        noise_std: standard deviation of the noise on angle cosines and on edge vectors (Å).
+        temperature: of the contrastive loss.
+        contrastive_weight, se3_weight, so3_weight: weights of NT-Xent and of the two denoising losses.
+    """
+
+    noise_std: PositiveFloat = 0.05
+    temperature: PositiveFloat = 1.0
+    contrastive_weight: NonNegativeFloat = 1.0
+    se3_weight: NonNegativeFloat = 0.5
+    so3_weight: NonNegativeFloat = 0.5
+
+
+class EarlyStoppingConfig(_Section):
+    """When to stop before the last epoch.
+
+    Attributes:
+        patience: epochs without a better val MAE after which to stop; null runs to the end.
+        min_delta: by how much a val MAE must be better to count, in the target's units.
+    """
+
+    patience: PositiveInt | None = None
+    min_delta: NonNegativeFloat = 0.0
+
+
+class RunConfig(_Section):
+    """What both kinds of run share.
+
+    Attributes:
+        seed: of weights, dropout, shuffling, noise and random parts.
+        device: "auto" takes a CUDA device if there is one.
+        backend: of the model's operations.
+        threads: CPU threads of torch; null leaves torch's choice.
+        tensorboard: also write TensorBoard event files.
+    """
+
+    model: MGTConfig
+    optim: OptimConfig
+    seed: NonNegativeInt = 123
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    backend: Literal["torch", "triton"] = "torch"
+    threads: PositiveInt | None = None
+    tensorboard: bool = False
+
+
+def _of_task(model: Any, task: str) -> Any:
+    """Fill in the network's task, which the command decides."""
+    if isinstance(model, Mapping):
+        if model.get("task", task) != task:
+            raise ValueError(f"task = {model['task']!r}, but this command trains task {task!r}")
+        return {**model, "task": task}
+    return model
+
+
+class PretrainConfig(RunConfig):
+    """A pretraining run; the defaults are the published settings where the paper states them."""
+
+    data: PretrainDataConfig = PretrainDataConfig()
+    model: MGTConfig = MGTConfig(task="pretrain")
+    optim: OptimConfig = OptimConfig(lr=1e-5, epochs=200, warmup_epochs=10, batch_size=128)
+    pretraining: PretrainingConfig = PretrainingConfig()
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _task(cls, model):
+        return _of_task(model, "pretrain")
+
+
+class FinetuneConfig(RunConfig):
+    """A fine-tuning run; the defaults are the published settings where the paper states them.
+
+    Attributes:
+        loss: on the (scaled) targets; "huber" turns from square to linear at one standard deviation.
+    """
+
+    data: FinetuneDataConfig = FinetuneDataConfig()
+    model: MGTConfig = MGTConfig()
+    optim: OptimConfig = OptimConfig(lr=5e-4, epochs=500, warmup_epochs=10, batch_size=16)
+    loss: Literal["mse", "l1", "huber"] = "mse"
+    early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _task(cls, model):
+        return _of_task(model, "predict")
+
+
+Config = TypeVar("Config", bound=RunConfig)
+
+
+def load_config(
+    kind: type[Config],
+    path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    base: Mapping[str, Any] | None = None,
+) -> Config:
+    """Read and check a run configuration.
+
+    Args:
+        kind: `PretrainConfig` or `FinetuneConfig`.
+        path: YAML file, or the name of one that comes with the package ("demo_pretrain"); None for none.
+        overrides: "a.b=value" each, the value in YAML; they win over the file, later ones over earlier.
+        base: values that the file and the overrides may replace (what a checkpoint prescribes).
+
+    Raises:
+        ConfigError: naming the file and every key at fault, with close matches of unknown keys.
+    """
+    values = _merge(kind().model_dump(), base or {})
+    if path is not None:
+        values = _merge(values, _read_yaml(_find(path)))
+    for override in overrides:
+        values = _merge(values, _parse_override(override))
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        where = f"configuration {path}" if path is not None else "configuration"
+        lines = [_describe(kind, detail) for detail in error.errors()]
+        raise ConfigError(f"{where}: " + "; ".join(lines)) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """Return the resolved configuration as YAML, which `load_config` reads back equal."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _find(path: str | Path) -> Path:
+    if Path(path).is_file():
+        return Path(path)
+    bundled = CONFIG_DIR / f"{path}.yaml"
+    if bundled.is_file():
+        return bundled
+    names = ", ".join(sorted(p.stem for p in CONFIG_DIR.glob("*.yaml")))
+    raise ConfigError(f"no configuration file {str(path)!r}; the package's own are {names}")
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice instead of keeping the last."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ConfigError(f"{node.start_mark.name}: key {key!r} is given twice")
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> dict:
+    with path.open(encoding="utf-8") as file:
+        try:
+            values = yaml.load(file, _UniqueKeyLoader)  # a SafeLoader
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds a {type(values).__name__}; expected sections such as 'optim:'")
+    return values
+
+
+def _parse_override(text: str) -> dict:
+    """Turn "a.b=1" into {"a": {"b": 1}}."""
+    key, equals, value = text.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"--set {text!r}: expected section.key=value, for example optim.lr=1e-3")
+    try:
+        nested = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {text!r}: {value!r} is not valid YAML: {error}") from None
+    for part in reversed(parts):
+        nested = {part: nested}
+    return nested
+
+
+def _merge(base: Mapping, over: Mapping) -> dict:
+    """Merge nested mappings; `over` wins."""
+    merged = dict(base)
+    for key, value in over.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+            value = _merge(merged[key], value)
+        merged[key] = value
+    return merged
+
+
+def _known_keys(kind: type, prefix: str = "") -> Iterator[str]:
+    """Yield every dotted key of a configuration class."""
+    if issubclass(kind, BaseModel):
+        types = {name: field.annotation for name, field in kind.model_fields.items()}
+    else:
+        types = {field.name: None for field in dataclasses.fields(kind)}
+    for name, annotation in types.items():
+        yield prefix + name
+        if isinstance(annotation, type) and (
+            issubclass(annotation, BaseModel) or dataclasses.is_dataclass(annotation)
+        ):
+            yield from _known_keys(annotation, f"{prefix}{name}.")
+
+
+def _describe(kind: type, detail: Mapping) -> str:
+    """Say in one phrase what pydantic found wrong with one key."""
+    key = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = list(_known_keys(kind))
+        close = difflib.get_close_matches(key, known, n=3, cutoff=0.75)
+        close += [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2] and k not in close]
+        return f"unknown key {key!r}" + (f" (did you mean {', '.join(close)}?)" if close else "")
+    message = detail["msg"].removeprefix("Value error, ")
+    given = detail["input"]
+    if detail["type"] == "missing":
+        return f"{key} is missing"
+    if isinstance(given, str | int | float | bool | None):
+        return f"{key} = {given!r}: {message}"
+    return f"{key}: {message}"
