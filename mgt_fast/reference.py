@@ -350,7 +350,8 @@ class ReferenceMGT(nn.Module):
         if atom_features.isnan().any():
             unknown = graph.numbers[atom_features.isnan().any(dim=1)].unique().tolist()
             raise ValueError(f"no CGCNN features for atomic numbers {unknown}; leave these crystals out")
-        cosine, vector = (None, None) if noise is None else (noise.cosine, noise.vector)
+        cosine = None if noise is None else noise.cosine.to(graph.edge_vec)
+        vector = None if noise is None else noise.vector.to(graph.edge_vec)
         se3_pool = self.se3_graph_encoder(atom_features, graph, cosine)
         so3_pool = self.so3_graph_encoder(atom_features, graph, vector)
         se3_proj = self.se3_projection_encoder(se3_pool)

@@ -16,6 +16,7 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
@@ -25,6 +26,7 @@ from mgt_fast.graph import CrystalGraph
 from mgt_fast.importer import config_from_state_dict, published_state_dict
 from mgt_fast.outputs import EdgeNoise
 
+GOLDEN = Path(__file__).parent / "golden" / "official_small.safetensors"
 BACKENDS = ("reference", "torch", "triton")
 TASKS = {"pretraining": "pretrain", "finetune": "predict"}
 TOLERANCES = {"inputs": 1e-5, "outputs": 1e-5, "losses": 1e-5, "gradients": 1e-4, "buffers": 1e-5}
@@ -204,9 +206,7 @@ def table(checks: list[Check]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return its exit status."""
     parser = argparse.ArgumentParser(description="Check a model against figures of the published program.")
-    parser.add_argument(
-        "fixture", help="file laid out as tests/golden/official_small.safetensors"
-    )
+    parser.add_argument("fixture", nargs="?", default=GOLDEN, help=f"laid out as {GOLDEN.name} (the default)")
     parser.add_argument("--backend", choices=BACKENDS, default="torch")
     parser.add_argument("--device", default="cpu", help="torch device to run the model on")
     arguments = parser.parse_args(argv)
