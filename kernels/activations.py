@@ -16,7 +16,7 @@ class _Softplus(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (y,) = ctx.saved_tensors
-        return grad * -torch.expm1(-y)
+        return y.neg().expm1_().mul_(grad).neg_()
 
 
 def softplus(x: torch.Tensor) -> torch.Tensor:

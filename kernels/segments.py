@@ -96,7 +96,8 @@ def segment_mean(y: torch.Tensor, segments: Segments) -> torch.Tensor:
 
 
 def _outer(h, t, segments):
-    z = h.new_zeros(segments.num_segments, h.shape[1], t.shape[1])
+    z = h.new_empty(segments.num_segments, h.shape[1], t.shape[1])
+    z[segments.count == 0] = 0
     for members, rows in segments.groups:
         z[members] = torch.bmm(h[rows].transpose(1, 2), t[rows])
     return z

@@ -52,16 +52,6 @@ class GraphIndex:
         index = self.graph.batch[self.graph.edge_index[0]]
         return Segments(index, self.graph.num_crystals, edge_ptr)
 
-    @cached_property
-    def frame_of_row(self) -> Segments:
-        """Row m·B + b, lattice direction m of crystal b, of each row m·E + e."""
-        crystal = self.crystal_of_edge
-        directions = torch.arange(3, device=crystal.ptr.device)[:, None]
-        index = (crystal.index + directions * self.graph.num_crystals).flatten()
-        last = torch.full((1,), index.shape[0], device=index.device)
-        ptr = torch.cat(((crystal.ptr[:-1] + directions * self.graph.num_edges).flatten(), last))
-        return Segments(index, 3 * self.graph.num_crystals, ptr)
-
 
 class AtomEmbedding(nn.Linear):
     """Linear map of the 92-entry CGCNN vector of each element to C channels."""
@@ -143,8 +133,8 @@ class EdgeWiseAttention(_Attention):
 
         Args:
             edge: f, (E, C).
-            angle: embeddings of the angles to the lattice frame, (3, E, C).
-            frame: embeddings of the frame's lengths, (3, B, C).
+            angle: embeddings of the angles to the lattice frame, (E, 3, C).
+            frame: embeddings of the frame's lengths, (B, 3, C).
             index: the graph's rows.
         """
         edge_w, angle_w, frame_terms = [self.lin_query.weight], [], []
@@ -158,16 +148,17 @@ class EdgeWiseAttention(_Attention):
             frame_terms.append(
                 torch.stack(
                     [
-                        F.linear(frame[m], of_frame @ lin.weight, constant + of_frame @ lin.bias)
+                        F.linear(frame[:, m], of_frame @ lin.weight, constant + of_frame @ lin.bias)
                         for m, lin in enumerate(lin_frame)
-                    ]
+                    ],
+                    dim=1,
                 )
             )
         gated = edge_attention(
             edge,
             angle,
-            torch.cat(frame_terms, dim=2).flatten(0, 1),
-            index.frame_of_row,
+            torch.cat(frame_terms, dim=2),
+            index.crystal_of_edge,
             torch.cat(edge_w),
             self.lin_query.bias,
             torch.cat(angle_w),

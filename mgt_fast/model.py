@@ -34,7 +34,7 @@ class Encoding:
     """What an encoder computes: crystal (B, C), atom (N, C) and edge (E, C) features.
 
     `directions` carries the geometry that the per-edge denoising head needs: the angle embeddings
-    (3, E, C) in the SE(3) view, the l = 1 atom features (N, nv, 3) in the SO(3) view.
+    (E, 3, C) in the SE(3) view, the l = 1 atom features (N, nv, 3) in the SO(3) view.
     """
 
     pool: torch.Tensor
@@ -73,9 +73,9 @@ class SE3Encoder(nn.Module):
             cosines = cosines + cosine_noise
         node = self.atom_embedding(graph.numbers)
         edge = softplus(self.edge_embedding(inverse_length(graph.edge_vec)))
-        angle = softplus(self.angle_embedding(cosines.t().flatten())).unflatten(0, (3, -1))  # [3, E, C]
-        lengths = inverse_length(graph.frame).t()  # [3, B]
-        frame = softplus(self.edge_embedding(lengths.flatten())).unflatten(0, lengths.shape)  # [3, B, C]
+        angle = softplus(self.angle_embedding(cosines.flatten())).unflatten(0, (-1, 3))  # [E, 3, C]
+        lengths = inverse_length(graph.frame)  # [B, 3]
+        frame = softplus(self.edge_embedding(lengths.flatten())).unflatten(0, (-1, 3))  # [B, 3, C]
         for edge_wise, node_wise in zip(self.edges_layer, self.atoms_layer, strict=True):
             edge = edge_wise(edge, angle, frame, index)
             node = node_wise(node, edge, index)
@@ -189,11 +189,11 @@ class EdgeNoiseHead(nn.Module):
     def forward(
         self, encoding: Encoding, index: GraphIndex, extra: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Predict (E, output_dim), or (3, E, output_dim) with `extra` (3, E, C) added to the hidden layer."""
+        """Predict (E, output_dim), or (E, 3, output_dim) with `extra` (E, 3, C) added to the hidden layer."""
         hidden = self.edge(encoding.edge)
         hidden = hidden + gather_rows(self.source(encoding.node), index.source)
         hidden = hidden + gather_rows(self.target(encoding.node), index.target)
-        return self.out(F.silu(hidden if extra is None else hidden + extra))
+        return self.out(F.silu(hidden if extra is None else hidden[:, None] + extra))
 
 
 class SE3EdgeNoise(nn.Module):
@@ -206,7 +206,7 @@ class SE3EdgeNoise(nn.Module):
 
     def forward(self, encoding: Encoding, index: GraphIndex) -> torch.Tensor:
         """Predict (E, 3)."""
-        return self.head(encoding, index, self.angle(encoding.directions)).squeeze(2).t()
+        return self.head(encoding, index, self.angle(encoding.directions)).squeeze(2)
 
 
 class SO3EdgeNoise(nn.Module):

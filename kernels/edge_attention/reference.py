@@ -14,7 +14,7 @@ def edge_attention(
     edge: torch.Tensor,
     angle: torch.Tensor,
     frame: torch.Tensor,
-    frame_of_row: Segments,
+    crystal: Segments,
     edge_w: torch.Tensor,
     query_b: torch.Tensor,
     angle_w: torch.Tensor,
@@ -26,9 +26,9 @@ def edge_attention(
 
     Args:
         edge: edge features f, (E, C).
-        angle: angle embeddings a, direction-major, (3, E, C).
-        frame: what direction m of crystal b adds to the first layers of key and value, (3·B, 2C).
-        frame_of_row: row m·B + b of `frame` for each row m·E + e.
+        angle: angle embeddings a, (E, 3, C).
+        frame: what each direction adds to the first layers of key and value, (B, 3, 2C).
+        crystal: crystal of each edge.
         edge_w: merged map of f to query, key and value part, (3C, C).
         query_b: bias of the query, (C,).
         angle_w: merged map of a to key and value part, (2C, C).
@@ -40,7 +40,7 @@ def edge_attention(
     channels = edge.shape[1]
     from_edge = F.linear(edge, edge_w)  # [E, 3C]
     query = from_edge[:, :channels] + query_b
-    pre = F.linear(angle, angle_w)  # [3, E, 2C]
-    pre += from_edge[:, channels:]
-    pre += gather_rows(frame, frame_of_row).view_as(pre)
+    pre = F.linear(angle, angle_w)  # [E, 3, 2C]
+    pre += from_edge[:, None, channels:]
+    pre += gather_rows(frame.flatten(1), crystal).view_as(pre)
     return gated_sum(pre, query, key, value, norm)

@@ -44,5 +44,5 @@ def node_attention(
     pre = F.linear(edge, edge_w, edge_b)  # [E, 2C]
     pre += gather_rows(as_target, target)
     pre += gather_rows(as_source, source)
-    messages = gated_sum(pre[None], gather_rows(query + query_b, target), key, value, norm)
+    messages = gated_sum(pre[:, None], gather_rows(query + query_b, target), key, value, norm)
     return segment_sum(messages, target)

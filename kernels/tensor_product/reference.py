@@ -1,7 +1,7 @@
 """Plain PyTorch tensor products: no per-edge weights, the work is done per atom.
 
-The weights of edge e are W h_e + b with h_e its K hidden channels, so a product is bilinear in (h_e, u_n).
-With h_e extended by a channel equal to 1, which carries b, the sum over an atom's edges is taken first.
+The weights of edge e are W h_e + b with h_e its K hidden channels, so a product is bilinear in (h_e, u_n):
+the sum over an atom's edges is taken first, of h_e ⊗ u_n for W and of u_n for b.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from ..segments import Segments, gather_rows, segment_apply, segment_outer, segment_sum
 
@@ -48,13 +47,18 @@ def spherical_harmonics(unit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     return r3 * unit, torch.stack(second, dim=1)
 
 
-def _with_bias_channel(hidden: torch.Tensor) -> torch.Tensor:
-    return F.pad(hidden, (0, 1), value=1.0)
-
-
-def _contract(outer: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """out[n, w] = Σ_uk outer[n, u, k] weight[u, w, k]."""
-    return outer.flatten(1) @ weight.transpose(1, 2).flatten(0, 1)
+def _sum_of_products(
+    features: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    receiver: Segments,
+) -> torch.Tensor:
+    """Σ_e over a receiver's edges of features_e (W h_e + b), (E, U), (E, K), (U·ns, K), (U·ns,) → (N, ns)."""
+    size = features.shape[1]
+    weight = weight.view(size, -1, hidden.shape[1]).transpose(1, 2).flatten(0, 1)  # [U·K, ns]
+    outer = segment_outer(features, hidden, receiver)  # [N, U, K]
+    return outer.flatten(1) @ weight + segment_sum(features, receiver) @ bias.view(size, -1)
 
 
 def _inverse_count(segments: Segments, like: torch.Tensor) -> torch.Tensor:
@@ -77,7 +81,8 @@ def tensor_product_1(
         node: scalars u, (N, ns).
         hidden: hidden channels h of the weight network, (E, K).
         harmonics: Y_1 (E, 3) and Y_2 (E, 5).
-        weight, bias: last layer of the weight network, (weight_rows, K) and (weight_rows,), e3nn's path order.
+        weight, bias: last layer of the weight network, (weight_rows, K) and (weight_rows,),
+            in e3nn's order of paths.
         shape: the multiplicities.
         receiver: atom that takes the mean (row 0 of edge_index).
         sender: atom whose scalars are read (row 1).
@@ -89,16 +94,16 @@ def tensor_product_1(
         e3nn FullyConnectedTensorProduct, paths 0⊗0→0, 0⊗1→1, 0⊗2→2.
     """
     ns, nv = shape.num_scalars, shape.num_vectors
-    hidden = _with_bias_channel(hidden)
-    weight = torch.cat((weight, bias[:, None]), dim=1) * ns**-0.5
-    scalar_w, first_w, second_w = weight.split((ns * ns, ns * nv, ns * nv))
+    rows = (ns * ns, 2 * ns * nv)
+    (scalar_w, vector_w), (scalar_b, vector_b) = weight.split(rows), bias.split(rows)
+    scalars = _sum_of_products(gather_rows(node, sender), hidden, scalar_w, scalar_b, receiver)
 
-    outer = segment_outer(gather_rows(node, sender), hidden, receiver)  # [N, ns, K + 1]
-    scalars = _contract(outer, scalar_w.view(ns, ns, -1))
-
-    vector_w = torch.cat((first_w.view(ns, nv, -1), second_w.view(ns, nv, -1)), dim=1)  # [ns, 2nv, K + 1]
-    per_atom = (node @ vector_w.transpose(1, 2).flatten(1)).view(node.shape[0], -1, 2 * nv)  # [N, K + 1, 2nv]
-    first, second = segment_apply(hidden, per_atom, sender).split(nv, dim=1)  # [E, nv] each
+    # Both vector paths end in a factor Y_l of the edge, so the sender's side is contracted first.
+    vector_w = torch.cat(vector_w.view(2, ns, nv, -1).unbind(), dim=1)  # [ns, 2nv, K]
+    vector_b = torch.cat(vector_b.view(2, ns, nv).unbind(), dim=1)  # [ns, 2nv]
+    per_atom = (node @ vector_w.transpose(1, 2).flatten(1)).unflatten(1, (-1, 2 * nv))  # [N, K, 2nv]
+    along = segment_apply(hidden, per_atom, sender) + gather_rows(node @ vector_b, sender)  # [E, 2nv]
+    first, second = along.split(nv, dim=1)
     vectors = torch.cat(
         (
             (first[:, :, None] * harmonics[0][:, None, :]).flatten(1),
@@ -106,7 +111,7 @@ def tensor_product_1(
         ),
         dim=1,
     )
-    scale = _inverse_count(receiver, node)
+    scale = _inverse_count(receiver, node) * ns**-0.5
     first, second = (segment_sum(vectors, receiver) * scale).split((3 * nv, 5 * nv), dim=1)
     return scalars * scale, first.unflatten(1, (nv, 3)), second.unflatten(1, (nv, 5))
 
@@ -143,6 +148,5 @@ def tensor_product_2(
         ),
         dim=1,
     )  # [E, ns + 2nv]
-    weight = torch.cat((weight, bias[:, None]), dim=1) * (ns + 2 * nv) ** -0.5
-    outer = segment_outer(invariants, _with_bias_channel(hidden), receiver)  # [N, ns + 2nv, K + 1]
-    return _contract(outer, weight.view(ns + 2 * nv, ns, -1)) * _inverse_count(receiver, hidden)
+    scale = _inverse_count(receiver, hidden) * (ns + 2 * nv) ** -0.5
+    return _sum_of_products(invariants, hidden, weight, bias, receiver) * scale
