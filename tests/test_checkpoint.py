@@ -1,0 +1,195 @@
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mgt_fast.checkpoint import (
+    BEST,
+    CheckpointError,
+    CheckpointMeta,
+    load_checkpoint,
+    load_model,
+    save_checkpoint,
+    transfer_weights,
+)
+from mgt_fast.config import MGTConfig
+from mgt_fast.model import MGT
+
+SIZES = {"channels": 8, "num_scalars": 4, "num_vectors": 2, "num_blocks": 1, "expert_hidden": 4}
+
+
+def network(seed=0, **settings):
+    torch.manual_seed(seed)
+    return MGT(MGTConfig(**SIZES, **settings))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = network()
+    meta = CheckpointMeta(
+        model=model.config,
+        max_neighbors=12,
+        compat="comformer",
+        target="band_gap",
+        unit="eV",
+        target_mean=1.25,
+        target_std=0.1,
+        dataset="abc",
+        fractions=(0.8, 0.1, 0.1),
+        seed=5,
+        epoch=3,
+        metrics={"val_mae": 0.1234567890123},
+    )
+    path = tmp_path / BEST
+    save_checkpoint(path, model, meta)
+    return path, model, meta
+
+
+def test_round_trip(saved):
+    path, model, meta = saved
+    state, found = load_checkpoint(path)
+    assert found == meta
+    assert state.keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert torch.equal(state[name], value), name
+
+
+def test_load_model_takes_a_run_folder_and_is_in_eval_mode(saved):
+    path, model, meta = saved
+    loaded = load_model(path.parent)
+    assert loaded.meta == meta
+    assert loaded.config == model.config
+    assert not loaded.training
+    assert MGT.load(path).meta == meta
+
+
+def test_any_reader_opens_it_and_nothing_is_left_behind(saved):
+    path, model, _ = saved
+    assert load_file(path).keys() == model.state_dict().keys()
+    assert [file.name for file in path.parent.iterdir()] == [BEST]
+    assert path.stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_a_failed_write_leaves_the_old_file(saved, monkeypatch):
+    path, _, meta = saved
+    before = path.read_bytes()
+    monkeypatch.setattr("mgt_fast.checkpoint.os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint(path, network(seed=1), meta)
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == [BEST]
+
+
+@pytest.mark.parametrize("where", [0.3, 0.9])
+def test_a_flipped_bit_in_the_weights_is_noticed(saved, where):
+    path, _, _ = saved
+    data = bytearray(path.read_bytes())
+    header = 8 + int.from_bytes(data[:8], "little")
+    data[header + int(where * (len(data) - header))] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"is damaged: its contents have SHA-256 .* was recorded"):
+        load_checkpoint(path)
+
+
+def test_a_changed_scaling_is_noticed(saved):
+    path, _, _ = saved
+    data = path.read_bytes()
+    assert data.count(b"1.25") == 1
+    path.write_bytes(data.replace(b"1.25", b"1.35"))
+    with pytest.raises(CheckpointError, match="is damaged"):
+        load_checkpoint(path)
+
+
+def test_a_truncated_file(saved):
+    path, _, _ = saved
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(CheckpointError, match="no readable safetensors file"):
+        load_checkpoint(path)
+
+
+def test_files_that_are_no_checkpoints(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no checkpoint .*nothing\.safetensors"):
+        load_checkpoint(tmp_path / "nothing.safetensors")
+    with pytest.raises(CheckpointError, match=r"holds no best\.safetensors"):
+        load_checkpoint(tmp_path)
+    torch.save({"a": torch.zeros(1)}, tmp_path / "published.pt")
+    with pytest.raises(CheckpointError, match="mgt-fast import-checkpoint"):
+        load_checkpoint(tmp_path / "published.pt")
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="not a checkpoint of mgt-fast"):
+        load_checkpoint(tmp_path / "other.safetensors")
+    metadata = {"mgt_fast": json.dumps({"meta": {"model": {"chanels": 3}}, "sha256": ""})}
+    save_file({"a": torch.zeros(1)}, tmp_path / "newer.safetensors", metadata)
+    with pytest.raises(CheckpointError, match="cannot be read by this version .*chanels"):
+        load_checkpoint(tmp_path / "newer.safetensors")
+
+
+def test_weights_of_another_network(tmp_path):
+    save_checkpoint(tmp_path / BEST, network(), CheckpointMeta(model=MGTConfig(**SIZES | {"channels": 16})))
+    with pytest.raises(CheckpointError, match="do not fit each other"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("denoising", ["crystal", "edge"])
+def test_pretrained_weights_move_over_and_heads_are_named(denoising):
+    pretrained, model = network(1, task="pretrain", denoising=denoising), network(2)
+    heads = {name: value.clone() for name, value in model.state_dict().items() if name.startswith("mixture")}
+    fresh, unused = transfer_weights(model, pretrained.state_dict())
+    assert fresh == ["mixture_of_experts"]
+    assert unused == ["se3_angle_layer", "so3_edge_layer"]
+    own = model.state_dict()
+    for name, value in pretrained.state_dict().items():
+        if name.partition(".")[0] not in unused:
+            assert torch.equal(own.pop(name), value), name
+    assert own.keys() == heads.keys()
+    assert all(torch.equal(own[name], heads[name]) for name in heads)
+
+
+def test_a_fine_tuned_network_moves_over_whole():
+    model, other = network(1), network(2)
+    assert transfer_weights(model, other.state_dict()) == ([], [])
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def _drop(state):
+    del state["se3_graph_encoder.atom_embedding.weight"]
+
+
+def _add(state):
+    state["so3_graph_encoder.extra"] = torch.zeros(1)
+
+
+def _reshape(state):
+    state["se3_projection_encoder.fc.bias"] = torch.zeros(3)
+
+
+def _drop_encoder(state):
+    for name in [name for name in state if name.startswith("so3_graph_encoder")]:
+        del state[name]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_drop, r"se3_graph_encoder\.atom_embedding\.weight is missing from the checkpoint"),
+        (_add, r"so3_graph_encoder\.extra is not in the network"),
+        (_reshape, r"se3_projection_encoder\.fc\.bias has shape \(3,\), \(8,\) in the network"),
+        (_drop_encoder, r"the checkpoint lacks so3_graph_encoder"),
+    ],
+)
+def test_missing_weights_never_pass(change, message):
+    model = network(2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = network(1, task="pretrain").state_dict()
+    change(state)
+    with pytest.raises(CheckpointError, match=message):
+        transfer_weights(model, state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

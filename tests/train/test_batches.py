@@ -1,0 +1,116 @@
+import numpy as np
+import pytest
+
+from mgt_fast.data import CrystalDataset, DatasetWriter, Target
+from mgt_fast.data.store import record_batch
+from mgt_fast.train.batches import (
+    DataError,
+    GraphSource,
+    require_part,
+    select_parts,
+    shuffled_batches,
+    split_evenly,
+    target_values,
+)
+from mgt_fast.train.config import DataConfig
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """Twenty rock salts of different size: 10 train, 4 val, 3 test, 3 in no part; "gap" misses two."""
+    n = 20
+    gap = np.arange(n, dtype=float)
+    gap[[2, 11]] = np.nan
+    path = tmp_path_factory.mktemp("data") / "salts"
+    with DatasetWriter(path, {"gap": Target("eV", "a test")}) as writer:
+        writer.write(
+            record_batch(
+                ids=[f"salt-{i}" for i in range(n)],
+                numbers=[np.array([11, 17])] * n,
+                frac_coords=[np.array([[0, 0, 0], [0.5, 0.5, 0.5]])] * n,
+                cell=np.array([[0, 1, 1], [1, 0, 1], [1, 1, 0]]) * np.linspace(2.5, 3.5, n)[:, None, None],
+                pbc=np.ones((n, 3), bool),
+                split=["train"] * 10 + ["val"] * 4 + ["test"] * 3 + [""] * 3,
+                targets={"gap": gap},
+            )
+        )
+    return CrystalDataset.open(path)
+
+
+def test_own_parts(dataset):
+    parts = select_parts(dataset, DataConfig(), seed=0)
+    assert {name: len(part) for name, part in parts.items()} == {"train": 10, "val": 4, "test": 3, "": 3}
+    assert parts["val"].tolist() == [10, 11, 12, 13]
+
+
+def test_unusable_crystals_are_left_out(dataset):
+    known = ~np.isnan(target_values(dataset, "gap"))
+    parts = select_parts(dataset, DataConfig(), seed=0, usable=known)
+    assert 2 not in parts["train"]
+    assert parts["val"].tolist() == [10, 12, 13]
+
+
+def test_random_parts_are_disjoint_and_complete(dataset):
+    data = DataConfig(fractions=(0.7, 0.2, 0.1))
+    parts = select_parts(dataset, data, seed=3)
+    assert {name: len(part) for name, part in parts.items()} == {"train": 14, "val": 4, "test": 2}
+    assert sorted(np.concatenate(list(parts.values()))) == list(range(20))
+    again, other = select_parts(dataset, data, seed=3), select_parts(dataset, data, seed=4)
+    assert parts["test"].tolist() == again["test"].tolist()
+    assert parts["train"].tolist() != other["train"].tolist()
+
+
+def test_limit_keeps_a_random_choice(dataset):
+    parts = select_parts(dataset, DataConfig(limit=4), seed=0)
+    assert {name: len(part) for name, part in parts.items()} == {"train": 4, "val": 4, "test": 3, "": 3}
+    assert set(parts["train"]) <= set(range(10))
+    assert parts["train"].tolist() != [0, 1, 2, 3]
+
+
+def test_unknown_target_lists_the_known(dataset):
+    with pytest.raises(DataError, match=r"no target 'bandgap'; available: gap"):
+        target_values(dataset, "bandgap")
+
+
+def test_empty_part_says_what_there_is(dataset):
+    parts = select_parts(dataset, DataConfig(), seed=0)
+    with pytest.raises(DataError, match=r"no crystal to learn from: part 'training' is empty .*train: 10"):
+        require_part(parts, "training", "learn from")
+
+
+@pytest.mark.parametrize(
+    ("n", "batch_size", "smallest", "expected"),
+    [
+        (10, 4, 1, [4, 3, 3]),
+        (9, 4, 1, [3, 3, 3]),
+        (8, 4, 1, [4, 4]),
+        (3, 8, 1, [3]),
+        (129, 128, 2, [65, 64]),
+        (5, 2, 2, [3, 2]),
+        (5, 2, 1, [2, 2, 1]),
+        (1, 2, 2, [1]),
+    ],
+)
+def test_split_evenly(n, batch_size, smallest, expected):
+    assert split_evenly(n, batch_size, smallest) == expected
+
+
+def test_every_sample_is_in_one_batch_of_every_epoch():
+    indices = np.arange(100, 123)
+    first, again, second = (shuffled_batches(indices, 8, seed=1, epoch=epoch) for epoch in (1, 1, 2))
+    for batches in (first, second):
+        assert sorted(np.concatenate(batches)) == indices.tolist()
+        assert [len(batch) for batch in batches] == [8, 8, 7]
+    assert [b.tolist() for b in first] == [b.tolist() for b in again]
+    assert np.concatenate(first).tolist() != np.concatenate(second).tolist()
+
+
+def test_graphs_come_in_order_with_the_last_partial_batch(dataset):
+    import torch
+
+    source = GraphSource(dataset, max_neighbors=6, compat=None, device=torch.device("cpu"))
+    graphs = list(source.in_order(np.array([4, 3, 19, 0, 7]), batch_size=2))
+    assert [graph.num_crystals for graph in graphs] == [2, 2, 1]
+    assert [name for graph in graphs for name in graph.ids] == [f"salt-{i}" for i in (4, 3, 19, 0, 7)]
+    assert graphs[0].edge_vec.dtype == torch.float32
+    assert list(source.in_order(np.array([], dtype=int), batch_size=2)) == []

@@ -1,0 +1,133 @@
+import io
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from mgt_fast.train.config import EarlyStoppingConfig, FinetuneConfig, OptimConfig
+from mgt_fast.train.loop import NonFiniteLossError, fit
+from mgt_fast.train.runlog import METRICS, RunLog, read_metrics
+from mgt_fast.train.schedule import warmup_cosine
+
+OPTIM = OptimConfig(lr=0.3, epochs=6, warmup_epochs=1, batch_size=2, weight_decay=0)
+
+
+class LineTask:
+    """Fits y = 2 x with one weight; `val` gives each epoch's metric in place of a real one."""
+
+    monitor = "val_mae"
+    steps_per_epoch = 2
+
+    def __init__(self, val=None, poison=()):
+        self.model = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.zeros_(self.model.weight)
+        self.val, self.poison = iter(val) if val else None, poison
+        self.seen, self.modes = [], []
+
+    def batches(self, epoch):
+        return [np.array([1, 2]), np.array([3])]
+
+    def graph(self, indices):
+        return SimpleNamespace(ids=[f"crystal-{i}" for i in indices])
+
+    def loss(self, indices, graph):
+        self.seen.append(indices.tolist())
+        self.modes.append(self.model.training)
+        x = torch.tensor(indices, dtype=torch.float32)[:, None]
+        loss = (self.model(x) - 2 * x).square().mean()
+        if set(indices) & set(self.poison):
+            loss = loss * torch.nan
+        return loss, {"size": torch.tensor(float(len(indices)))}
+
+    def validate(self):
+        self.model.eval()
+        return {"val_mae": next(self.val) if self.val else abs(self.model.weight.item() - 2)}
+
+
+@pytest.fixture
+def log(tmp_path):
+    with RunLog(tmp_path / "run", FinetuneConfig(), Console(file=io.StringIO())) as log:
+        yield log
+
+
+def test_learns_and_records(log):
+    task, saved = LineTask(), []
+    result = fit(task, OPTIM, log, lambda *args: saved.append(args))
+    assert task.seen == [[1, 2], [3]] * 6
+    assert all(task.modes)
+    assert [epoch for epoch, _, _ in saved] == [1, 2, 3, 4, 5, 6]
+    records = read_metrics(log.folder)
+    assert records[-1]["train_loss"] < 0.1 * records[0]["train_loss"]
+    assert result.best == min(record["val_mae"] for record in records)
+    assert records[result.best_epoch - 1]["val_mae"] == result.best
+    # Averages weigh batches by crystals: (2 · 2 + 1 · 1) / 3.
+    assert records[0]["train_size"] == pytest.approx(5 / 3)
+    assert [record["lr"] for record in records] == [
+        pytest.approx(0.3 * warmup_cosine(2 * epoch + 1, 2, 12)) for epoch in range(6)
+    ]
+
+
+def test_early_stopping_and_best(log):
+    saved = []
+    task = LineTask(val=[5.0, 3.0, 4.0, 3.5, 1.0, 1.0])
+    result = fit(
+        task,
+        OPTIM,
+        log,
+        lambda epoch, _, improved: saved.append((epoch, improved)),
+        EarlyStoppingConfig(patience=2),
+    )
+    assert saved == [(1, True), (2, True), (3, False), (4, False)]
+    assert (result.epochs, result.best_epoch, result.best) == (4, 2, 3.0)
+
+
+def test_nan_loss_names_the_crystals_and_spares_the_weights(log):
+    task = LineTask(poison=[3])
+    with pytest.raises(
+        NonFiniteLossError, match=r"epoch 1, step 2: loss nan.*crystals of the batch: crystal-3\."
+    ):
+        fit(task, OPTIM, log, lambda *_: None)
+    assert torch.isfinite(task.model.weight).all()
+
+
+def test_nan_metric_stops_the_run(log):
+    with pytest.raises(NonFiniteLossError, match="epoch 2: val_mae is nan"):
+        fit(LineTask(val=[1.0, float("nan")]), OPTIM, log, lambda *_: None)
+
+
+def test_gradient_clipping_bounds_the_step(log):
+    norms = []
+
+    class Spy(LineTask):
+        def validate(self):
+            norms.append(self.model.weight.grad.norm().item())
+            return super().validate()
+
+    fit(Spy(), OPTIM.model_copy(update={"grad_clip": 0.5, "epochs": 1}), log, lambda *_: None)
+    assert norms[0] == pytest.approx(0.5, rel=1e-4)
+
+
+def test_run_folder_is_not_overwritten_unasked(tmp_path):
+    console = Console(file=io.StringIO())
+    with RunLog(tmp_path / "run", FinetuneConfig(), console) as log:
+        log.record(1, {"val_mae": 2.0})
+        log.write_results({"a": 1})
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        RunLog(tmp_path / "run", FinetuneConfig(), console)
+    with RunLog(tmp_path / "run", FinetuneConfig(), console, overwrite=True):
+        pass
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.yaml", METRICS]
+
+
+def test_tensorboard_on_request(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = FinetuneConfig(tensorboard=True)
+    with RunLog(tmp_path / "run", config, Console(file=io.StringIO())) as log:
+        log.record(3, {"val_mae": 2.0})
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("val_mae")] == [(3, 2.0)]
+    assert json.loads((tmp_path / "run" / METRICS).read_text()) == {"epoch": 3, "val_mae": 2.0}
