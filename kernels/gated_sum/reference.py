@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-CPU_CHUNK = 1024  # rows of C = 256 channels in float32: 1 MiB an array
+CPU_CHUNK = 1 << 18  # numbers in one array of a chunk: 1 MiB in float32
 
 
-def _chunks(rows: int, keys: int, device: torch.device) -> Iterator[slice]:
-    step = max(CPU_CHUNK // keys, 1) if device.type == "cpu" else max(rows, 1)
+def _chunks(rows: int, row_size: int, device: torch.device) -> Iterator[slice]:
+    step = max(CPU_CHUNK // row_size, 1) if device.type == "cpu" else max(rows, 1)
     return (slice(start, start + step) for start in range(0, rows, step))
 
 
@@ -28,7 +28,7 @@ class _GatedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, pre, query, key_w, key_b, value_w, value_b, norm_w, norm_b, norm: nn.BatchNorm1d):
         num_rows, num_keys, channels = *pre.shape[:2], query.shape[1]
-        chunks = list(_chunks(num_rows, num_keys, pre.device))
+        chunks = list(_chunks(num_rows, num_keys * channels, pre.device))
         query = (query * channels**-0.5)[:, None]
         key, value = pre.new_empty(2, num_rows, num_keys, channels)
         count, mean, square = 0, torch.zeros_like(norm_b), torch.zeros_like(norm_b)
@@ -64,7 +64,7 @@ class _GatedSum(torch.autograd.Function):
     def backward(ctx, grad):
         pre, query, key, value, key_w, value_w, norm_w, norm_b, mean, inv_std = ctx.saved_tensors
         num_rows, num_keys, channels = value.shape
-        chunks = list(_chunks(num_rows, num_keys, pre.device))
+        chunks = list(_chunks(num_rows, num_keys * channels, pre.device))
 
         def before_gate(rows):
             """Return the normalised product, the gate · grad, and the gradient of the norm's output."""
