@@ -1,1 +1,5 @@
 """Crystals on disk: the dataset format, the bundled set, and the ingest of other formats."""
+
+from mgt_fast.data.store import CrystalDataset, DatasetError, DatasetWriter, Target
+
+__all__ = ["CrystalDataset", "DatasetError", "DatasetWriter", "Target"]

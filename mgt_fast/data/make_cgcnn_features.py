@@ -12,7 +12,7 @@ from pathlib import Path
 
 HEADER = """\
 # CGCNN element features (T. Xie and J. C. Grossman, Phys. Rev. Lett. 120, 145301, 2018), from jarvis-tools.
-# One element a line: atomic number, then its 92 features (each 0 or 1) as a 92-bit number, first feature first.
+# One element a line: atomic number, then its 92 features (0 or 1) as a 92-bit number, first feature first.
 """
 
 
