@@ -1,2 +1,136 @@
+// The Python module mgt_fast._C: checks shapes, releases the GIL, hands vectors over as NumPy arrays.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
-PYBIND11_MODULE(_C, m) {}
+#include <pybind11/stl.h>
+
+#include <cmath>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "lattice_frame.hpp"
+#include "neighbor_list.hpp"
+
+namespace py = pybind11;
+
+namespace {
+
+using Shape = std::vector<py::ssize_t>;
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+
+template <class T>
+void require(const Array<T>& array, const char* name, const Shape& shape) {
+  if (Shape(array.shape(), array.shape() + array.ndim()) != shape) {
+    throw py::value_error(std::string(name) + " has the wrong shape");
+  }
+}
+
+// A NumPy array that owns the vector; `T` are its numbers, `Item` what the vector holds of them.
+template <class T, class Item>
+py::array_t<T> to_numpy(std::vector<Item>&& items, Shape shape) {
+  static_assert(sizeof(Item) % sizeof(T) == 0);
+  auto owner = std::make_unique<std::vector<Item>>(std::move(items));
+  const auto* data = reinterpret_cast<const T*>(owner->data());
+  py::capsule capsule(owner.get(), [](void* p) { delete static_cast<std::vector<Item>*>(p); });
+  owner.release();
+  return py::array_t<T>(std::move(shape), data, capsule);
+}
+
+// The arrays of a CrystalBatch, kept alive for the time of a call.
+struct Batch {
+  Batch(Array<double> frac_coords, Array<double> cell, Array<std::int64_t> batch_ptr, Array<bool> pbc,
+        py::sequence names)
+      : frac_coords(std::move(frac_coords)),
+        cell(std::move(cell)),
+        batch_ptr(std::move(batch_ptr)),
+        pbc(std::move(pbc)),
+        names(std::move(names)) {
+    count = static_cast<py::ssize_t>(py::len(this->names));
+    require(this->batch_ptr, "batch_ptr", {count + 1});
+    require(this->cell, "cell", {count, 3, 3});
+    require(this->pbc, "pbc", {count, 3});
+    const std::int64_t* ptr = this->batch_ptr.data();
+    for (py::ssize_t b = 0; b < count; ++b) {
+      if (ptr[b + 1] <= ptr[b]) throw py::value_error("batch_ptr must rise: every crystal has an atom");
+    }
+    if (ptr[0] != 0) throw py::value_error("batch_ptr must start at 0");
+    num_atoms = ptr[count];
+    require(this->frac_coords, "frac_coords", {num_atoms, 3});
+  }
+
+  mgt::Crystals view() const { return {count, batch_ptr.data(), frac_coords.data(), cell.data(), pbc.data()}; }
+
+  // Run body(crystals) without the GIL; a crystal at fault is named in the ValueError.
+  template <class Body>
+  auto run(const Body& body) const {
+    try {
+      const mgt::Crystals crystals = view();
+      py::gil_scoped_release release;
+      return body(crystals);
+    } catch (const mgt::CrystalError& error) {
+      throw py::value_error("structure '" + std::string(py::str(names[error.crystal])) + "': " + error.what());
+    }
+  }
+
+  Array<double> frac_coords, cell;
+  Array<std::int64_t> batch_ptr;
+  Array<bool> pbc;
+  py::sequence names;
+  py::ssize_t count, num_atoms;
+};
+
+py::dict to_dict(mgt::NeighborList&& list, py::ssize_t num_atoms) {
+  const auto num_edges = static_cast<py::ssize_t>(list.edge_vec.size());
+  py::dict result;
+  result["edge_index"] = to_numpy<std::int64_t>(std::move(list.edge_index), {2, num_edges});
+  result["edge_vec"] = to_numpy<double>(std::move(list.edge_vec), {num_edges, 3});
+  result["cell_shift"] = to_numpy<std::int32_t>(std::move(list.cell_shift), {num_edges, 3});
+  result["row_ptr"] = to_numpy<std::int64_t>(std::move(list.row_ptr), {num_atoms + 1});
+  if (!list.shell_margin.empty()) {
+    result["shell_margin"] = to_numpy<double>(std::move(list.shell_margin), {num_atoms});
+  }
+  return result;
+}
+
+py::dict neighbor_list(const Batch& batch, double cutoff, std::int64_t max_neighbors, bool half, double shell_tolerance,
+                       bool shell_margin, int threads) {
+  mgt::NeighborOptions options;
+  options.cutoff = cutoff;
+  options.max_neighbors = max_neighbors;
+  options.half = half;
+  options.shell_tolerance = shell_tolerance;
+  options.shell_margin = shell_margin;
+  options.threads = threads;
+  return to_dict(batch.run([&](const mgt::Crystals& crystals) { return mgt::neighbor_list(crystals, options); }),
+                 batch.num_atoms);
+}
+
+py::array_t<double> lattice_frames(const Batch& batch, const Array<std::int64_t>& numbers,
+                                   const Array<std::int64_t>& edge_index, const Array<double>& edge_vec,
+                                   const Array<std::int64_t>& row_ptr, int threads) {
+  const py::ssize_t num_edges = edge_vec.ndim() == 2 ? edge_vec.shape(0) : -1;
+  require(numbers, "numbers", {batch.num_atoms});
+  require(edge_vec, "edge_vec", {num_edges, 3});
+  require(edge_index, "edge_index", {2, num_edges});
+  require(row_ptr, "row_ptr", {batch.num_atoms + 1});
+  const mgt::Motif motif{numbers.data(), edge_index.data() + num_edges, edge_vec.data(), row_ptr.data()};
+  auto frames = batch.run([&](const mgt::Crystals& crystals) { return mgt::lattice_frames(crystals, motif, threads); });
+  return to_numpy<double>(std::move(frames), {batch.count, 3, 3});
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Periodic neighbour lists and lattice frames; mgt_fast.graph is the documented interface.";
+  py::class_<Batch>(m, "Batch")
+      .def(py::init<Array<double>, Array<double>, Array<std::int64_t>, Array<bool>, py::sequence>(),
+           py::arg("frac_coords").noconvert(), py::arg("cell").noconvert(), py::arg("batch_ptr").noconvert(),
+           py::arg("pbc").noconvert(), py::arg("ids"));
+  m.def("neighbor_list", &neighbor_list, py::arg("batch"), py::kw_only(), py::arg("cutoff"), py::arg("max_neighbors"),
+        py::arg("half"), py::arg("shell_tolerance"), py::arg("shell_margin"), py::arg("threads"));
+  m.def("lattice_frames", &lattice_frames, py::arg("batch"), py::arg("numbers").noconvert(),
+        py::arg("edge_index").noconvert(), py::arg("edge_vec").noconvert(), py::arg("row_ptr").noconvert(), py::kw_only(),
+        py::arg("threads"));
+}

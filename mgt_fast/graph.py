@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 
 import torch
+
+from mgt_fast import _C
+from mgt_fast.structures import CrystalBatch
+
+SHELL_TOLERANCE = 1e-4
+"""Relative width of a shell of neighbours: distances no farther apart count as equal."""
 
 
 @dataclass(frozen=True)
@@ -62,3 +69,132 @@ class CrystalGraph:
             if isinstance(value, torch.Tensor):
                 moved[field.name] = value.to(device, dtype if value.is_floating_point() else None)
         return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class NeighborList:
+    """Pairs of neighbouring atoms, sorted by (row 0, row 1, cell_shift).
+
+    Attributes:
+        edge_index: (2, E) int64; row 0 is the atom an edge vector starts from, row 1 the one it points to.
+        edge_vec: r_e = x[row 1] + cell_shift · cell − x[row 0], (E, 3) float64, Å.
+        cell_shift: lattice translation of the atom pointed to, (E, 3) int32; it refers to the positions as
+            given, inside the cell or not, and is zero along axes that are not periodic.
+        row_ptr: first edge of each atom (CSR over row 0) and E at the end, (N + 1,) int64.
+        shell_margin: (N,) float64, on request: smallest |d / d_k − (1 + shell_tolerance)| over the distances
+            d from an atom, d_k that of its k-th neighbour. An atom whose margin is below the relative noise of
+            the coordinates may gain or lose a shell. Infinite where a molecule has no other atom.
+    """
+
+    edge_index: torch.Tensor
+    edge_vec: torch.Tensor
+    cell_shift: torch.Tensor
+    row_ptr: torch.Tensor
+    shell_margin: torch.Tensor | None = None
+
+
+def neighbor_list(
+    crystals: CrystalBatch,
+    *,
+    cutoff: float | None = None,
+    max_neighbors: int | None = None,
+    half: bool = False,
+    shell_tolerance: float = SHELL_TOLERANCE,
+    shell_margin: bool = False,
+    threads: int | None = None,
+) -> NeighborList:
+    """Find the neighbours of every atom, periodic images among them.
+
+    With `cutoff`: all pairs with 0 < d <= cutoff. With `max_neighbors` = k: each atom keeps all neighbours with
+    d <= d_k (1 + shell_tolerance), d_k the distance of its k-th, so that shells of equal distances stay whole;
+    then each edge is joined by its reverse, each once: an edge is listed if either of its ends keeps it.
+
+    Args:
+        crystals: B crystals on the CPU; atoms may lie outside the cell, cells may be skewed.
+        cutoff: largest distance, Å.
+        max_neighbors: k; atoms get at least so many neighbours.
+        half: keep one of each edge (i, j, S) and its reverse (j, i, −S): the one with i < j or, between
+            images of the same atom, with S lexicographically positive.
+        shell_tolerance: relative width of a shell.
+        shell_margin: report in `NeighborList.shell_margin` how close shells are to the tolerance.
+        threads: threads over the crystals; torch's number when absent. The result does not depend on it.
+
+    Raises:
+        ValueError: for wrong arguments, and, naming the structure, the atom and the value, for non-finite
+            numbers, a cell volume below 1e-3 Å^3, atoms closer than 0.01 Å (to each other or to an own image),
+            too few atoms for k without periodicity, or a search too large to be meant (over 10^6
+            expected neighbours an atom, 10^9 edges or 4·10^6 images a crystal).
+    """
+    if (cutoff is None) == (max_neighbors is None):
+        raise ValueError(f"cutoff = {cutoff} and max_neighbors = {max_neighbors}; give exactly one of them")
+    if cutoff is not None and not (math.isfinite(cutoff) and cutoff > 0):
+        raise ValueError(f"cutoff = {cutoff} Å; it must be positive and finite")
+    if max_neighbors is not None:
+        _check_max_neighbors(max_neighbors)
+    if not 0 <= shell_tolerance < 1:
+        raise ValueError(f"shell_tolerance = {shell_tolerance}; it must lie in [0, 1)")
+    if shell_margin and max_neighbors is None:
+        raise ValueError("shell_margin needs max_neighbors: with a cutoff there are no shells")
+    found = _C.neighbor_list(
+        _arrays(crystals),
+        cutoff=cutoff or 0.0,
+        max_neighbors=max_neighbors or 0,
+        half=half,
+        shell_tolerance=shell_tolerance,
+        shell_margin=shell_margin,
+        threads=_threads(threads),
+    )
+    return NeighborList(**{name: torch.from_numpy(array) for name, array in found.items()})
+
+
+def build_graph(
+    crystals: CrystalBatch,
+    max_neighbors: int = 25,
+    compat: str | None = None,
+    *,
+    threads: int | None = None,
+) -> CrystalGraph:
+    """Build the graphs MGT works on: whole shells of the nearest neighbours, and the lattice frame."""
+    if compat is not None:
+        raise ValueError(f"compat = {compat!r}; choose None")
+    neighbors = neighbor_list(crystals, max_neighbors=max_neighbors, threads=threads)
+    frame = _C.lattice_frames(
+        _arrays(crystals),
+        crystals.numbers.numpy(),
+        neighbors.edge_index.numpy(),
+        neighbors.edge_vec.numpy(),
+        neighbors.row_ptr.numpy(),
+        threads=_threads(threads),
+    )
+    return CrystalGraph(
+        numbers=crystals.numbers,
+        edge_index=neighbors.edge_index,
+        edge_vec=neighbors.edge_vec,
+        cell_shift=neighbors.cell_shift,
+        frame=torch.from_numpy(frame),
+        batch_ptr=crystals.batch_ptr,
+        row_ptr=neighbors.row_ptr,
+        ids=crystals.ids,
+    )
+
+
+def _check_max_neighbors(max_neighbors: int) -> None:
+    if max_neighbors < 1:
+        raise ValueError(f"max_neighbors = {max_neighbors}; it must be at least 1")
+
+
+def _threads(threads: int | None) -> int:
+    threads = torch.get_num_threads() if threads is None else threads
+    if threads < 1:
+        raise ValueError(f"threads = {threads}; it must be at least 1")
+    return threads
+
+
+def _arrays(crystals: CrystalBatch) -> _C.Batch:
+    """Hand the batch to the compiled part, without a copy where it is contiguous."""
+    if crystals.numbers.device.type != "cpu":
+        raise ValueError(
+            f"crystals are on {crystals.numbers.device}; bring them back with crystals.to('cpu')"
+        )
+    tensors = (crystals.frac_coords, crystals.cell, crystals.batch_ptr, crystals.pbc)
+    return _C.Batch(*(tensor.contiguous().numpy() for tensor in tensors), crystals.ids)
