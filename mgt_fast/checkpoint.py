@@ -12,16 +12,14 @@ import os
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from .config import MGTConfig
-
-if TYPE_CHECKING:
-    from .model import MGT
+from .model import MGT
 
 BEST, LAST = "best.safetensors", "last.safetensors"
 _KEY = "mgt_fast"
@@ -138,8 +136,6 @@ def load_model(path: str | Path, backend: str = "torch", device: str | torch.dev
     Raises:
         CheckpointError: as `load_checkpoint`, or if weights and configuration do not fit each other.
     """
-    from .model import MGT
-
     state, meta = load_checkpoint(path)
     model = MGT(meta.model, backend=backend)
     try:

@@ -56,7 +56,7 @@ def _reported_errors() -> Iterator[None]:
 
     try:
         yield
-    except (ValueError, OSError, ImportError, NonFiniteLossError) as error:
+    except (ValueError, OSError, ImportError, NotImplementedError, NonFiniteLossError) as error:
         if _debug:
             raise
         err.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True, style="red")

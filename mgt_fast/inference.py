@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from .checkpoint import CheckpointMeta
 from .graph import CrystalGraph, build_graph
+from .model import MGT
 from .structures import CrystalBatch
-
-if TYPE_CHECKING:
-    from .model import MGT
 
 
 @dataclass(frozen=True)

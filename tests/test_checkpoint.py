@@ -128,7 +128,7 @@ def test_files_that_are_no_checkpoints(tmp_path):
         load_checkpoint(tmp_path / "other.safetensors")
     metadata = {"mgt_fast": json.dumps({"meta": {"model": {"chanels": 3}}, "sha256": ""})}
     save_file({"a": torch.zeros(1)}, tmp_path / "newer.safetensors", metadata)
-    with pytest.raises(CheckpointError, match="cannot be read by this version .*chanels"):
+    with pytest.raises(CheckpointError, match=r"cannot be read by this version .*chanels"):
         load_checkpoint(tmp_path / "newer.safetensors")
 
 
