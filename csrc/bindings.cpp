@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "comformer.hpp"
 #include "lattice_frame.hpp"
 #include "neighbor_list.hpp"
 
@@ -120,6 +121,14 @@ py::array_t<double> lattice_frames(const Batch& batch, const Array<std::int64_t>
   return to_numpy<double>(std::move(frames), {batch.count, 3, 3});
 }
 
+py::dict comformer_graph(const Batch& batch, std::int64_t max_neighbors, int threads) {
+  mgt::ComformerGraph graph =
+      batch.run([&](const mgt::Crystals& crystals) { return mgt::comformer_graph(crystals, max_neighbors, threads); });
+  py::dict result = to_dict(std::move(graph.edges), batch.num_atoms);
+  result["frame"] = to_numpy<double>(std::move(graph.frames), {batch.count, 3, 3});
+  return result;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -132,5 +141,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("half"), py::arg("shell_tolerance"), py::arg("shell_margin"), py::arg("threads"));
   m.def("lattice_frames", &lattice_frames, py::arg("batch"), py::arg("numbers").noconvert(),
         py::arg("edge_index").noconvert(), py::arg("edge_vec").noconvert(), py::arg("row_ptr").noconvert(), py::kw_only(),
+        py::arg("threads"));
+  m.def("comformer_graph", &comformer_graph, py::arg("batch"), py::kw_only(), py::arg("max_neighbors"),
         py::arg("threads"));
 }

@@ -154,18 +154,46 @@ def build_graph(
     *,
     threads: int | None = None,
 ) -> CrystalGraph:
-    """Build the graphs MGT works on: whole shells of the nearest neighbours, and the lattice frame."""
-    if compat is not None:
-        raise ValueError(f"compat = {compat!r}; choose None")
-    neighbors = neighbor_list(crystals, max_neighbors=max_neighbors, threads=threads)
-    frame = _C.lattice_frames(
-        _arrays(crystals),
-        crystals.numbers.numpy(),
-        neighbors.edge_index.numpy(),
-        neighbors.edge_vec.numpy(),
-        neighbors.row_ptr.numpy(),
-        threads=_threads(threads),
-    )
+    """Build the graphs MGT works on: whole shells of nearest neighbours, and the lattice frame.
+
+    By default edges and frame depend on the crystal alone: rotating, shifting, repeating it, reordering its
+    atoms or describing it with another cell changes nothing but the description. The frame is a reduced basis
+    of the primitive lattice, right-handed; the edges choose between bases the lattice alone cannot tell
+    apart. Along an axis without periodicity the given cell vector stands in the frame. Tolerances (1e-4 on
+    lengths and cosines, 0.01 Å on translations) draw lines: a crystal right on one may get another frame, or
+    another shell, from a description that differs by rounding.
+
+    Args:
+        crystals: B crystals on the CPU.
+        max_neighbors: k; see `neighbor_list`.
+        compat: "comformer" builds edges and frame as ComFormer's published builder does, for checkpoints
+            trained on its graphs: shells cut where rounding cuts them, pairs closer than 0.15 Å ignored,
+            edges between images of one atom twice, frame from the given cell.
+        threads: threads over the crystals; torch's number when absent. The result does not depend on it.
+
+    Raises:
+        ValueError: as `neighbor_list`; for an unknown `compat`; with "comformer", for a crystal that is not
+            periodic in three directions.
+
+    Source: arXiv 2403.11857 (ComFormer), section 4 and its published program, for `compat="comformer"`.
+    """
+    if compat not in (None, "comformer"):
+        raise ValueError(f"compat = {compat!r}; choose None or 'comformer'")
+    if compat == "comformer":
+        _check_max_neighbors(max_neighbors)
+        built = _C.comformer_graph(_arrays(crystals), max_neighbors=max_neighbors, threads=_threads(threads))
+        frame = built.pop("frame")
+        neighbors = NeighborList(**{name: torch.from_numpy(array) for name, array in built.items()})
+    else:
+        neighbors = neighbor_list(crystals, max_neighbors=max_neighbors, threads=threads)
+        frame = _C.lattice_frames(
+            _arrays(crystals),
+            crystals.numbers.contiguous().numpy(),
+            neighbors.edge_index.numpy(),
+            neighbors.edge_vec.numpy(),
+            neighbors.row_ptr.numpy(),
+            threads=_threads(threads),
+        )
     return CrystalGraph(
         numbers=crystals.numbers,
         edge_index=neighbors.edge_index,
