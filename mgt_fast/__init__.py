@@ -1,7 +1,7 @@
 """mgt-fast: the Multi-view Graph Transformer for crystals, compiled and fast."""
 
 from .config import MGTConfig
-from .graph import CrystalGraph
+from .graph import CrystalGraph, build_graph, neighbor_list
 from .model import MGT
 from .outputs import EdgeNoise, MGTOutput
 from .structures import CrystalBatch
@@ -15,4 +15,6 @@ __all__ = [
     "EdgeNoise",
     "MGTConfig",
     "MGTOutput",
+    "build_graph",
+    "neighbor_list",
 ]
