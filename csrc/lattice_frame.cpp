@@ -12,7 +12,7 @@ namespace mgt {
 namespace {
 
 constexpr double kTie = 1e-4;           // cosines, and lengths in units of the shortest, that count as equal
-constexpr double kSignatureTie = 1e-9;  // relative difference of signatures that counts as none
+constexpr double kSignatureTie = 1e-12; // relative difference of signatures that counts as none
 
 using Basis = std::array<int, 3>;  // rows of a frame, as indices into the list of vectors
 
