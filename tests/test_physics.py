@@ -67,8 +67,8 @@ CRYSTALS = PROTOTYPES + [_perturbed(s, i) for i, s in enumerate(PROTOTYPES)]
 @pytest.mark.parametrize("view", ["se3_pool", "so3_pool"])
 def test_embeddings_differ_between_crystals(model, view):
     # Without this every invariance below could hold for a constant.
-    pool = getattr(run(model, *CRYSTALS), view)
-    gaps = torch.cdist(pool, pool) + torch.eye(len(CRYSTALS)) * pool.norm()
+    pool = getattr(run(model, *PROTOTYPES), view)
+    gaps = torch.cdist(pool, pool) + torch.eye(len(PROTOTYPES)) * pool.norm()
     assert gaps.min() > 100 * RTOL * pool.norm(dim=1).max()
 
 
@@ -145,7 +145,7 @@ def test_tensor_features_are_equivariant(model):
 
 
 def test_polytypes_with_equal_neighbourhoods_differ(model):
-    """Cubic and hexagonal diamond: every atom has the same four neighbours at the same distances and angles."""
+    """Cubic and hexagonal diamond: all atoms have four neighbours, distances and angles are equal."""
     a = 3.567
     cubic = Structure.from_spacegroup("Fd-3m", Lattice.cubic(a), ["C"], [[0, 0, 0]]).get_primitive_structure()
     edge = a / 2**0.5
