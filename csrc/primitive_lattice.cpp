@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include "cell_reduction.hpp"
@@ -66,8 +67,7 @@ class FractionLattice {
   Fraction rows_[3] = {};
 };
 
-// Finds atoms by place. They are sorted by element and by a phase, the same for all images of an atom, that
-// spreads out atoms which share a lattice plane.
+// Finds atoms by place: they are sorted into a grid over the given cell, about one atom a bin.
 class Places {
  public:
   Places(const Crystals& crystals, std::int64_t b, const std::int64_t* numbers)
@@ -76,16 +76,18 @@ class Places {
         pbc_(crystals.pbc + 3 * b),
         cell_(crystals.lattice(b)),
         sorted_(crystals.num_atoms(b)) {
+    const Mat3 dual = inverse(cell_);
+    const double* d = &dual.row[0].x;
+    for (int a = 0; a < 3; ++a) {
+      bins_[a] = pbc_[a] ? std::llround(std::cbrt(static_cast<double>(sorted_.size()))) : 1;
+      margin_[a] = kSamePlace * norm({d[a], d[a + 3], d[a + 6]});
+    }
     for (std::size_t i = 0; i < sorted_.size(); ++i) {
       const auto atom = static_cast<std::int64_t>(i);
-      sorted_[i] = {numbers_[i], phase(coordinates(atom)), atom};
+      const Vec3 f = coordinates(atom);
+      sorted_[i] = {flat(bin(f.x, 0), bin(f.y, 1), bin(f.z, 2)), atom};
     }
-    std::sort(sorted_.begin(), sorted_.end(), [](const Entry& p, const Entry& q) {
-      return p.number != q.number ? p.number < q.number : p.phase < q.phase;
-    });
-    const Mat3 dual = inverse(cell_);  // gradient of the phase, for the width of the window
-    const Vec3 weights = phase_weights();
-    window_ = kSamePlace * norm({dot(dual.row[0], weights), dot(dual.row[1], weights), dot(dual.row[2], weights)});
+    std::sort(sorted_.begin(), sorted_.end());
   }
 
   Vec3 coordinates(std::int64_t i) const { return {frac_[3 * i], frac_[3 * i + 1], frac_[3 * i + 2]}; }
@@ -98,38 +100,44 @@ class Places {
     return norm(combine(d, cell_));
   }
 
-  bool has(std::int64_t number, Vec3 place) const {
-    const double centre = phase(place);
-    for (const double turn : {0.0, -1.0, 1.0}) {
-      const Entry low{number, centre + turn - window_, 0};
-      auto entry = std::lower_bound(sorted_.begin(), sorted_.end(), low, [](const Entry& p, const Entry& q) {
-        return p.number != q.number ? p.number < q.number : p.phase < q.phase;
-      });
-      for (; entry != sorted_.end() && entry->number == number && entry->phase <= centre + turn + window_; ++entry) {
-        if (distance(place, coordinates(entry->atom)) <= kSamePlace) return true;
-      }
-    }
-    return false;
-  }
-
   // Does the translation map every atom onto one of its kind?
   bool symmetric(Vec3 translation) const {
-    for (std::size_t i = 0; i < sorted_.size(); ++i) {
-      if (!has(numbers_[i], coordinates(static_cast<std::int64_t>(i)) + translation)) return false;
+    // Atoms often come ordered by site. Striding through them finds the one that fails much sooner.
+    const auto count = static_cast<std::int64_t>(sorted_.size());
+    std::int64_t stride = 1 + count * 5 / 8;
+    while (std::gcd(stride, count) != 1) ++stride;
+    for (std::int64_t n = 0; n < count; ++n) {
+      const std::int64_t i = n * stride % count;
+      if (!has(numbers_[i], coordinates(i) + translation)) return false;
     }
     return true;
   }
 
  private:
-  struct Entry {
-    std::int64_t number;
-    double phase;
-    std::int64_t atom;
-  };
-  Vec3 phase_weights() const { return {pbc_[0] ? 1.0 : 0.0, pbc_[1] ? 7.0 : 0.0, pbc_[2] ? 31.0 : 0.0}; }
-  double phase(Vec3 place) const {
-    const double turns = dot(place, phase_weights());
-    return turns - std::floor(turns);
+  using Entry = std::pair<std::int64_t, std::int64_t>;  // bin, atom
+
+  std::int64_t bin(double coordinate, int a) const {
+    return static_cast<std::int64_t>(std::floor(coordinate * static_cast<double>(bins_[a])));
+  }
+  std::int64_t flat(std::int64_t x, std::int64_t y, std::int64_t z) const {
+    const auto wrap = [&](std::int64_t n, int a) { return ((n % bins_[a]) + bins_[a]) % bins_[a]; };
+    return (wrap(x, 0) * bins_[1] + wrap(y, 1)) * bins_[2] + wrap(z, 2);
+  }
+
+  bool has(std::int64_t number, Vec3 place) const {
+    for (std::int64_t x = bin(place.x - margin_[0], 0); x <= bin(place.x + margin_[0], 0); ++x) {
+      for (std::int64_t y = bin(place.y - margin_[1], 1); y <= bin(place.y + margin_[1], 1); ++y) {
+        for (std::int64_t z = bin(place.z - margin_[2], 2); z <= bin(place.z + margin_[2], 2); ++z) {
+          const std::int64_t index = flat(x, y, z);
+          auto entry = std::lower_bound(sorted_.begin(), sorted_.end(), Entry{index, 0});
+          for (; entry != sorted_.end() && entry->first == index; ++entry) {
+            const std::int64_t i = entry->second;
+            if (numbers_[i] == number && distance(place, coordinates(i)) <= kSamePlace) return true;
+          }
+        }
+      }
+    }
+    return false;
   }
 
   const double* frac_;
@@ -137,7 +145,8 @@ class Places {
   const bool* pbc_;
   Mat3 cell_;
   std::vector<Entry> sorted_;
-  double window_;
+  std::int64_t bins_[3];
+  double margin_[3];  // kSamePlace in fractional coordinates
 };
 
 // Atoms of the rarest element, and the greatest common divisor of all elements' counts.
