@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from mgt_fast.structures import MAX_ATOMIC_NUMBER
@@ -40,3 +41,11 @@ def cgcnn_features() -> torch.Tensor:
     (`get_node_attributes(symbol, "cgcnn")`); `make_cgcnn_features.py` made the file that is read here.
     """
     return _read_features().clone()
+
+
+@cache
+def has_features() -> np.ndarray:
+    """Return which atomic numbers have features, (119,) bool; 0 has none."""
+    known = ~_read_features().isnan().any(dim=1).numpy()
+    known[0] = False
+    return known

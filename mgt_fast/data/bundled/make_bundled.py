@@ -35,7 +35,7 @@ TARGETS = {
 
 
 def read_set(archive: tarfile.TarFile, name: str) -> list[dict[str, str]]:
-    """Return the rows of one csv set; its first line is a comment, and rows may have an extra leading index."""
+    """Return the rows of a csv set; its first line is a comment, and rows may have an extra leading index."""
     file = archive.extractfile(f"matminer-0.4.0/matminer/datasets/{name}.csv")
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
     text.readline()

@@ -1,0 +1,111 @@
+"""POSCAR files, extended xyz files and ASE databases, read through ASE."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mgt_fast.data.readers.base import (
+    ID_KEYS,
+    Arrays,
+    Crystal,
+    Faulty,
+    PrepareError,
+    RawRecord,
+    RecordError,
+    Source,
+    atomic_number,
+)
+
+
+@dataclass(frozen=True)
+class AseText:
+    """The text of one structure in a format that ASE reads: "vasp" or "extxyz"."""
+
+    text: str
+    format: str
+
+    def crystal(self) -> Crystal:
+        """Parse the text."""
+        import ase.io
+
+        try:
+            atoms = ase.io.read(io.StringIO(self.text), format=self.format)
+        except Exception as error:  # ASE's parsers raise whatever the text makes them raise
+            if isinstance(error, KeyError) and error.args and isinstance(error.args[0], str):
+                atomic_number(error.args[0])  # ASE looks symbols up in a dict
+            message = f"{type(error).__name__}: {error}"
+            raise RecordError("unreadable_record", self.text[:80], message) from error
+        return _arrays(atoms).crystal()
+
+
+def _arrays(atoms) -> Arrays:
+    """Return the payload of an ASE Atoms."""
+    return Arrays(atoms.numbers, atoms.positions, atoms.cell.array, cartesian=True, pbc=tuple(atoms.pbc))
+
+
+def read_poscar(source: Source) -> Iterator[RawRecord]:
+    """Yield the structure of a POSCAR file."""
+    yield RawRecord(source.name, source.stem, AseText(source.read_text(), "vasp"), source.targets)
+
+
+def read_extxyz(source: Source) -> Iterator[RawRecord]:
+    """Yield the frames of an extended xyz file; the scalars of their comment lines are possible targets."""
+    from ase.io.extxyz import key_val_str_to_dict
+
+    with source.open_text() as lines:
+        for number in itertools.count(1):
+            count = next(lines, "")
+            if not count.strip():
+                rest = next((line for line in lines if line.strip()), None)
+                if rest is None:
+                    return
+                count = rest
+            where, name = f"{source.name}: frame {number}", f"{source.stem}-{number}"
+            if not count.strip().isdecimal():
+                message = "expected the number of atoms; this frame and all after it cannot be read"
+                yield RawRecord(where, name, Faulty(count.strip(), message))
+                return
+            frame = list(itertools.islice(lines, int(count) + 1))
+            if len(frame) <= int(count):
+                message = f"the file ends after {len(frame)} lines of the frame's {int(count) + 1}"
+                yield RawRecord(where, name, Faulty(len(frame), message))
+                return
+            try:
+                values = key_val_str_to_dict(frame[0])
+            except Exception as error:
+                yield RawRecord(where, name, Faulty(frame[0].strip(), f"the comment line: {error}"))
+                continue
+            id_key = next((key for key in ID_KEYS if key in values), None)
+            targets = {
+                key: v for key, v in values.items() if key != id_key and isinstance(v, int | float | str)
+            }
+            name = str(values[id_key]) if id_key else name
+            yield RawRecord(where, name, AseText("".join([count, *frame]), "extxyz"), targets)
+
+
+def read_database(source: Source) -> Iterator[RawRecord]:
+    """Yield the rows of an ASE database; key-value pairs and the energy are possible targets."""
+    import ase.db
+
+    if source.path is None:
+        raise PrepareError(
+            f"{source.name}: an ASE database is not read from inside an archive; unpack it first"
+        )
+    with ase.db.connect(source.path, type="db") as database:
+        for row_id in [row.id for row in database.select(columns=["id"], include_data=False)]:
+            where, name = f"{source.name}: row {row_id}", f"{source.stem}-{row_id}"
+            try:
+                row = database.get(id=row_id)
+                values = dict(row.key_value_pairs)
+                if "energy" in row:
+                    values["energy"] = row.energy
+                payload = _arrays(row.toatoms())
+            except Exception as error:  # a damaged row
+                yield RawRecord(where, name, Faulty(row_id, f"{type(error).__name__}: {error}"))
+                continue
+            id_key = next((key for key in ID_KEYS if key in values), None)
+            name = str(values.pop(id_key)) if id_key else name
+            yield RawRecord(where, name, payload, values)

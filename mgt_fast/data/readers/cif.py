@@ -1,0 +1,195 @@
+"""CIF files, parsed with gemmi; atoms are multiplied by the symmetry operations that the file lists."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from mgt_fast.data.readers.base import Arrays, Crystal, RawRecord, RecordError, Source
+
+CELL_TAGS = [
+    f"_cell_{t}" for t in ("length_a", "length_b", "length_c", "angle_alpha", "angle_beta", "angle_gamma")
+]
+OPERATION_TAGS = (
+    "_symmetry_equiv_pos_as_xyz",
+    "_space_group_symop_operation_xyz",
+    "_space_group_symop.operation_xyz",
+)
+GROUP_NAME_TAGS = ("_symmetry_space_group_name_H-M", "_space_group_name_H-M_alt")
+GROUP_NUMBER_TAGS = ("_symmetry_Int_Tables_number", "_space_group_IT_number")
+SAME_SITE = 0.1  # Å; images of an atom on a special position differ by rounding alone
+OCCUPANCY_TOLERANCE = 1e-3
+
+_BLOCK = re.compile(r"^data_(\S*)", re.MULTILINE | re.IGNORECASE)
+_UNCERTAINTY = re.compile(r"\(\d+\)$")
+_TYPE_SYMBOL = re.compile(r"([A-Za-z]{1,2})(\d*[+-]?|[+-]\d*)$")
+
+
+def read(source: Source) -> Iterator[RawRecord]:
+    """Yield the structures of a CIF file: one, or one for each data block with atoms or a cell."""
+    text = source.read_text()
+    if len(_BLOCK.findall(text)) <= 1:
+        yield RawRecord(source.name, source.stem, CifText(text), source.targets)
+        return
+    for name, block in _blocks(text):
+        if "_atom_site_" in block or "_cell_length_a" in block:
+            label = f"{source.stem}/{name}"
+            yield RawRecord(f"{source.name}: data_{name}", label, CifText(block), source.targets)
+
+
+def _blocks(text: str) -> Iterator[tuple[str, str]]:
+    """Split a CIF into its data blocks; text fields between semicolons may hold anything."""
+    name, lines, in_text = None, [], False
+    for line in text.splitlines(keepends=True):
+        if line.startswith(";"):
+            in_text = not in_text
+        start = None if in_text else _BLOCK.match(line)
+        if start:
+            if name is not None:
+                yield name, "".join(lines)
+            name, lines = start[1], []
+        lines.append(line)
+    if name is not None:
+        yield name, "".join(lines)
+
+
+@dataclass(frozen=True)
+class CifText:
+    """The text of a CIF file with one data block."""
+
+    text: str
+
+    def crystal(self) -> Crystal:
+        """Parse the text."""
+        from gemmi import UnitCell, cif
+
+        try:
+            document = cif.read_string(self.text)
+        except (ValueError, RuntimeError) as error:
+            raise _unreadable(self.text[:80], str(error)) from error
+        if len(document) != 1:
+            raise _unreadable(self.text[:80], f"expected one data block, found {len(document)}")
+        block = document[0]
+
+        lengths_angles = [_number(block.find_value(tag), tag) for tag in CELL_TAGS]
+        cell = np.array(UnitCell(*lengths_angles).orth.mat.tolist()).T
+        if not np.isfinite(cell).all():
+            raise RecordError("near_zero_volume", lengths_angles, f"no cell has the sides {lengths_angles}")
+        coords = [_column(block, f"_atom_site_fract_{axis}") for axis in "xyz"]
+        if not coords[0] or len({len(column) for column in coords}) != 1:
+            raise _unreadable("_atom_site_fract_x", "the atoms have no fractional coordinates")
+        coords = np.array(
+            [
+                [_number(text, f"_atom_site_fract_{axis} of atom {i}") for i, text in enumerate(column)]
+                for axis, column in zip("xyz", coords, strict=True)
+            ]
+        ).T
+        species = _species(block)
+        _check_occupancy(block, species)
+        rotations, translations = _operations(block, lengths_angles)
+        if len(rotations) > 1:
+            site, coords = _all_images(coords, cell, rotations, translations)
+            species = [species[i] for i in site]
+        return Arrays(species, coords, cell, cartesian=False).crystal()
+
+
+def _unreadable(value: object, message: str) -> RecordError:
+    return RecordError("unreadable_cif", value, message)
+
+
+def _column(block, tag: str) -> list[str]:
+    return list(block.find_values(tag))
+
+
+def _number(text: str | None, tag: str) -> float:
+    if text in (None, "?", "."):
+        raise _unreadable(text, f"{tag} is missing")
+    try:
+        value = float(_UNCERTAINTY.sub("", text) if text.endswith(")") else text)
+    except ValueError:
+        raise _unreadable(text, f"{tag} is {text!r}, not a number") from None
+    if not math.isfinite(value):
+        raise RecordError("not_finite", text, f"{tag} is {text}")
+    return value
+
+
+def _species(block) -> list[str]:
+    """Return the chemical symbol of each listed atom: its type, or else the letters its label begins with."""
+    from gemmi.cif import as_string
+
+    types = [as_string(text) for text in _column(block, "_atom_site_type_symbol")]
+    if types:
+        matches = [_TYPE_SYMBOL.match(text) for text in types]
+        return [match[1].capitalize() if match else text for text, match in zip(types, matches, strict=True)]
+    labels = [as_string(text) for text in _column(block, "_atom_site_label")]
+    if not labels:
+        raise _unreadable("_atom_site_type_symbol", "the atoms have neither type symbols nor labels")
+    return [re.match("[A-Za-z]*", text)[0].capitalize() or text for text in labels]
+
+
+def _check_occupancy(block, species: list[str]) -> None:
+    for i, text in enumerate(_column(block, "_atom_site_occupancy")):
+        if text in ("?", "."):
+            continue
+        occupancy = _number(text, f"_atom_site_occupancy of atom {i}")
+        if abs(occupancy - 1) > OCCUPANCY_TOLERANCE:
+            raise RecordError(
+                "partial_occupancy",
+                text,
+                f"atom {i} ({species[i]}) has occupancy {text}; order the structure first",
+            )
+
+
+def _operations(block, lengths_angles: list[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rotations (P, 3, 3) and translations (P, 3) that make the cell from the listed atoms."""
+    import gemmi
+
+    triplets = [gemmi.cif.as_string(text) for tag in OPERATION_TAGS for text in _column(block, tag)]
+    if triplets:
+        try:
+            operations = [gemmi.Op(triplet) for triplet in triplets]
+        except RuntimeError as error:
+            raise _unreadable(triplets, f"the symmetry operations are unreadable: {error}") from error
+    else:
+        operations = list(_space_group(block, lengths_angles).operations())
+    rotations = np.array([operation.rot for operation in operations]) / gemmi.Op.DEN
+    return rotations, np.array([operation.tran for operation in operations]) / gemmi.Op.DEN
+
+
+def _space_group(block, lengths_angles: list[float]):
+    """Return the space group that a file without symmetry operations names; P 1 if it names none."""
+    import gemmi
+
+    names = [gemmi.cif.as_string(text) for tag in GROUP_NAME_TAGS for text in _column(block, tag)]
+    numbers = [text for tag in GROUP_NUMBER_TAGS for text in _column(block, tag)]
+    given = [text for text in names + numbers if text not in ("", "?", ".")]
+    if not given:
+        return gemmi.SpaceGroup("P 1")
+    name = given[0]
+    if name.isdecimal() and gemmi.find_spacegroup_by_number(int(name)):
+        name = gemmi.find_spacegroup_by_number(int(name)).hm
+    group = gemmi.find_spacegroup_by_name(name, *lengths_angles[3:6:2])
+    if group is None:
+        raise _unreadable(given[0], f"space group {name!r} is unknown and no symmetry operations are listed")
+    if group.ext in ("1", "2") and not name.endswith(f":{group.ext}"):
+        raise _unreadable(given[0], f"space group {name!r} has two origins; list the symmetry operations")
+    if not gemmi.UnitCell(*lengths_angles).is_compatible_with_spacegroup(group):
+        raise _unreadable(given[0], f"a cell with the sides and angles {lengths_angles} cannot have {name!r}")
+    return group
+
+
+def _all_images(coords, cell, rotations, translations) -> tuple[np.ndarray, np.ndarray]:
+    """Return, for all atoms of the cell, the listed atom each is an image of, and the coordinates (n, 3)."""
+    sites, images = [], []
+    for i, xyz in enumerate(coords):
+        candidates = rotations @ xyz + translations
+        difference = candidates[:, None] - candidates
+        distance = np.linalg.norm((difference - difference.round()) @ cell, axis=-1)
+        repeated = np.tril(distance < SAME_SITE, -1).any(axis=1)
+        images.append(candidates[~repeated])
+        sites.append(np.full(len(images[-1]), i))
+    return np.concatenate(sites), np.concatenate(images)

@@ -1,0 +1,252 @@
+"""From the inputs that a user names to records: folders and archives are walked, formats are found.
+
+Archives are read member by member in memory; nothing inside one ever becomes a path on disk.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import tarfile
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+from mgt_fast.data.readers import FORMATS, READERS, STRUCTURE_FILES, check_format, detect, format_of_name
+from mgt_fast.data.readers.base import (
+    Faulty,
+    PrepareError,
+    RawRecord,
+    Source,
+    UnknownLayoutError,
+    target_value,
+)
+
+# What truncated or damaged gzip, zip and tar files raise; RuntimeError: a zip member under a password.
+DAMAGED = (EOFError, OSError, zlib.error, zipfile.BadZipFile, tarfile.TarError, RuntimeError)
+
+_ENDINGS = re.compile(r"(\.(cif|csv|vasp|poscar|extxyz|xyz|json|db|pkl|zip|tar|tgz|gz))+$", re.IGNORECASE)
+_LABEL_FILE = re.compile(r"(.*_)?id_prop\.csv", re.IGNORECASE)
+
+
+@dataclass
+class Labels:
+    """Targets of structure files, by file name: the rows of an id_prop.csv."""
+
+    name: str
+    rows: dict[str, dict[str, str]]
+    used: set[str] = field(default_factory=set)
+
+    @classmethod
+    def read(cls, source: Source) -> Labels:
+        """Read a file of rows `file name, target, ...`; a first row of names is recognised."""
+        with source.open_text() as lines:
+            rows = [row for row in csv.reader(lines) if row]
+        width = len(rows[0]) if rows else 0
+        uneven = next((row for row in rows if len(row) != width), None)
+        if width < 2 or uneven:
+            raise PrepareError(f"{source.name}: expected rows of a file name and its targets, found {uneven}")
+        names = ["target"] if width == 2 else [f"target_{i}" for i in range(1, width)]
+        if any(target_value(text) is None for text in rows[0][1:]):
+            names = rows.pop(0)[1:]
+        labels = {row[0]: dict(zip(names, row[1:], strict=True)) for row in rows}
+        if len(labels) < len(rows):
+            twice, _ = Counter(row[0] for row in rows).most_common(1)[0]
+            raise PrepareError(f"{source.name} lists {twice!r} twice; remove one of the rows")
+        return cls(source.name, labels)
+
+    def of(self, source: Source) -> dict[str, str]:
+        """Return the targets of a structure file, which may be listed with or without its ending."""
+        filename = source.name.rpartition("/")[2]
+        for key in (filename, _ENDINGS.sub("", filename)):
+            if key in self.rows:
+                self.used.add(key)
+                return self.rows[key]
+        return {}
+
+
+class Inputs:
+    """The records of all inputs, in order.
+
+    Args:
+        paths: files, folders and archives.
+        format: one of `FORMATS` for every file, instead of detection.
+        labels: an id_prop.csv with the targets of CIF and POSCAR files. When absent, the one (named so, or
+            ending in _id_prop.csv) inside the folder or archive, or beside the archive, is used.
+
+    Attributes:
+        notes: what the user should know: files left out, label files used, labels without a file.
+
+    Raises:
+        PrepareError: at once for a missing input or an unknown format.
+    """
+
+    def __init__(self, paths: Sequence[Path], *, format: str | None = None, labels: Path | None = None):
+        check_format(format)
+        if not paths:
+            raise PrepareError("no input was named")
+        for path in [*paths, *([labels] if labels else [])]:
+            if not path.exists():
+                raise PrepareError(f"{path} does not exist")
+        self.paths, self.format = list(paths), format
+        self.notes: list[str] = []
+        self._left_out: list[str] = []
+        self._label_files: dict[str, Labels] = {}
+        self._given_labels = self._label_file(_file_source(labels)) if labels else None
+
+    def records(self) -> Iterator[RawRecord]:
+        """Yield every record.
+
+        Raises:
+            PrepareError: for an input that is damaged, of an unknown format, or holds no structures.
+        """
+        for path in self.paths:
+            if path.is_dir():
+                records = self._walk(_folder_files(path), self._given_labels)
+            else:
+                records = self._read(_file_source(path), self._given_labels, named=True)
+            first = next(records, None)
+            if first is None:
+                raise PrepareError(f"{path} holds no record of a known format ({', '.join(FORMATS)})")
+            yield first
+            yield from records
+        if self._left_out:
+            shown = ", ".join(self._left_out[:5]) + (", ..." if len(self._left_out) > 5 else "")
+            self.notes.append(f"{len(self._left_out)} files without crystals were left out: {shown}")
+        for labels in self._label_files.values():
+            unused = [name for name in labels.rows if name not in labels.used]
+            if unused:
+                self.notes.append(
+                    f"{len(unused)} rows of {labels.name} name no structure, first {unused[0]!r}"
+                )
+
+    def _read(self, source: Source, labels: Labels | None, *, named: bool = False) -> Iterator[RawRecord]:
+        """Yield the records of a file or an archive; what the user named must be readable."""
+        try:
+            with source.open() as stream:
+                members = _archive_members(stream)
+                if members is not None:
+                    beside = _files_beside(source.path) if named else []
+                    yield from self._walk(_member_sources(source.name, members), labels, beside)
+                    return
+            format = self.format or detect(source)
+            if format is None and named:
+                raise PrepareError(f"{source.name} is of an unknown format; name one of {', '.join(FORMATS)}")
+            if format is None:
+                self._left_out.append(source.name)
+                return
+            if labels and format in STRUCTURE_FILES:
+                source = replace(source, targets=labels.of(source))
+            yield from READERS[format](source)
+        except UnknownLayoutError:
+            if named:
+                raise
+            self._left_out.append(source.name)
+        except DAMAGED as error:
+            if named or format_of_name(source.filename) not in STRUCTURE_FILES:
+                raise PrepareError(
+                    f"{source.name} cannot be read: {type(error).__name__}: {error}"
+                ) from error
+            reason = "unreadable_cif" if source.filename.endswith(".cif") else "unreadable_record"
+            fault = Faulty(source.name, f"{type(error).__name__}: {error}", reason)
+            yield RawRecord(source.name, source.stem, fault)
+
+    def _walk(
+        self, files: list[Source], labels: Labels | None, beside: Sequence[Source] = ()
+    ) -> Iterator[RawRecord]:
+        """Yield the records of the files of a folder or an archive; labels may be in or beside it."""
+        labels = self._labels_in(files) or self._labels_in(beside) or labels
+        for file in files:
+            if not _LABEL_FILE.fullmatch(file.filename):
+                yield from self._read(file, labels)
+
+    def _labels_in(self, files: Sequence[Source]) -> Labels | None:
+        """Return the labels that the user named, or else those of the label file among `files`."""
+        if self._given_labels:
+            return self._given_labels
+        found = [file for file in files if _LABEL_FILE.fullmatch(file.filename)]
+        if not found:
+            return None
+        if len(found) > 1:
+            names = ", ".join(file.name for file in found)
+            raise PrepareError(f"there are several label files ({names}); say which one to use")
+        return self._label_file(found[0])
+
+    def _label_file(self, source: Source) -> Labels:
+        if source.name not in self._label_files:
+            labels = self._label_files[source.name] = Labels.read(source)
+            self.notes.append(f"{len(labels.rows)} labels were read from {source.name}")
+        return self._label_files[source.name]
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file, which may be gzipped or the only file in a zip archive."""
+    source = _file_source(path)
+    with source.open() as stream:
+        members = _archive_members(stream)
+        if members is None:
+            return source.read_text()
+        if len(members) != 1:
+            raise PrepareError(f"{path}: expected one file in the archive, found {len(members)}")
+        return _member_sources(str(path), members)[0].read_text()
+
+
+def _file_source(path: Path) -> Source:
+    return Source(str(path), _ENDINGS.sub("", path.name), partial(path.open, "rb"), path)
+
+
+def _files_beside(path: Path) -> list[Source]:
+    return [_file_source(file) for file in sorted(path.parent.iterdir()) if file.is_file()]
+
+
+def _folder_files(folder: Path) -> list[Source]:
+    """Return the files below a folder, sorted by name."""
+    files = {
+        path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+    sources = _member_sources(
+        str(folder), {name: partial(path.open, "rb") for name, path in files.items()}, "/"
+    )
+    return [replace(source, path=files[source.name.removeprefix(f"{folder}/")]) for source in sources]
+
+
+def _archive_members(stream: BinaryIO) -> dict[str, Callable[[], BinaryIO]] | None:
+    """Return the files in a zip or tar archive with what opens them; None if `stream` is no archive."""
+    head = stream.read(512)
+    stream.seek(0)
+    if head.startswith(b"PK\x03\x04"):
+        archive = zipfile.ZipFile(stream)
+        return {
+            info.filename: partial(archive.open, info) for info in archive.infolist() if not info.is_dir()
+        }
+    if head[257:262] == b"ustar":
+        archive = tarfile.open(fileobj=stream, mode="r:")  # noqa: SIM115
+        return {m.name: partial(archive.extractfile, m) for m in archive.getmembers() if m.isfile()}
+    return None
+
+
+def _member_sources(
+    container: str, members: dict[str, Callable[[], BinaryIO]], separator=":"
+) -> list[Source]:
+    """Return the members as sources; their ids leave out folders that all structures share."""
+    names = [
+        name
+        for name in members
+        if not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+    ]
+    folders = [os.path.dirname(name) for name in names if not _LABEL_FILE.fullmatch(os.path.basename(name))]
+    shared = os.path.commonpath(folders) if all(folders) and folders else ""
+    return [
+        Source(
+            f"{container}{separator}{name}",
+            _ENDINGS.sub("", name.removeprefix(shared).lstrip("/")),
+            members[name],
+        )
+        for name in names
+    ]
