@@ -47,15 +47,15 @@ class CrystalBatch:
             ValueError: if shapes disagree, a crystal has no atom, or an atomic number is unknown; the
                 message names the crystal, the atom and the value.
         """
-        numbers = torch.as_tensor(numbers, dtype=torch.int64)
-        frac_coords = torch.as_tensor(frac_coords, dtype=torch.float64)
-        cell = torch.as_tensor(cell, dtype=torch.float64)
-        num_atoms = torch.as_tensor(num_atoms, dtype=torch.int64)
+        numbers = _tensor(numbers, torch.int64)
+        frac_coords = _tensor(frac_coords, torch.float64)
+        cell = _tensor(cell, torch.float64)
+        num_atoms = _tensor(num_atoms, torch.int64)
         n_crystals = num_atoms.numel()
         pbc = (
             torch.ones(n_crystals, 3, dtype=torch.bool, device=numbers.device)
             if pbc is None
-            else torch.as_tensor(pbc, dtype=torch.bool)
+            else _tensor(pbc, torch.bool)
         )
         ids = tuple(str(i) for i in (range(n_crystals) if ids is None else ids))
         n_atoms = numbers.numel()
@@ -122,6 +122,14 @@ class CrystalBatch:
         """Return the batch with its tensors on `device`."""
         tensors = ("numbers", "frac_coords", "cell", "batch_ptr", "pbc")
         return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
+
+
+def _tensor(value, dtype: torch.dtype) -> torch.Tensor:
+    value = value if isinstance(value, torch.Tensor) else torch.from_numpy(np.array(value))
+    converted = value.to(dtype)
+    if dtype == torch.int64 and value.is_floating_point() and (converted != value).any():
+        raise ValueError(f"{value[converted != value][0]} is not a whole number")
+    return converted
 
 
 def _arrays_of(structure, name: str):

@@ -1,0 +1,92 @@
+import math
+
+import pytest
+import torch
+
+from mgt_fast import CrystalBatch, build_graph
+from mgt_fast.layers import GraphIndex
+from mgt_fast.losses import draw_noise, noise_per_crystal, nt_xent, pretraining_loss
+from mgt_fast.outputs import EdgeNoise, MGTOutput
+
+
+@pytest.fixture(scope="module")
+def graph():
+    crystals = CrystalBatch.from_arrays(
+        [14, 14, 29],
+        [[0, 0, 0], [0.25, 0.25, 0.27], [0, 0, 0]],
+        [[[0, 2.7, 2.7], [2.7, 0, 2.7], [2.7, 2.7, 0]], [[2.5, 0, 0], [0, 2.6, 0], [0, 0, 2.7]]],
+        [2, 1],
+    )
+    return build_graph(crystals, max_neighbors=6)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+@pytest.mark.parametrize("temperature", [1.0, 0.2])
+def test_nt_xent_matches_a_loop(batch, temperature):
+    torch.manual_seed(batch)
+    a, b = torch.randn(2, batch, 4, dtype=torch.float64)
+    views, total = [*a, *b], 0.0
+    for i, anchor in enumerate(views):
+        similar = {
+            j: math.exp(float(torch.cosine_similarity(anchor, other, dim=0)) / temperature)
+            for j, other in enumerate(views)
+            if j != i
+        }
+        total -= math.log(similar[(i + batch) % (2 * batch)] / sum(similar.values()))
+    assert float(nt_xent(a, b, temperature)) == pytest.approx(total / (2 * batch), rel=1e-12, abs=1e-14)
+
+
+def test_nt_xent_refuses_views_of_different_batches():
+    with pytest.raises(ValueError, match="differ in shape"):
+        nt_xent(torch.zeros(2, 4), torch.zeros(3, 4))
+
+
+def test_noise_is_fresh_and_seeded(graph):
+    def draw(generator):
+        return draw_noise(graph, 0.05, generator)
+
+    generator = torch.Generator().manual_seed(7)
+    first, second = draw(generator), draw(generator)
+    again = draw(torch.Generator().manual_seed(7))
+    assert torch.equal(first.cosine, again.cosine)
+    assert torch.equal(first.vector, again.vector)
+    assert not torch.equal(first.vector, second.vector)
+    assert not torch.equal(first.vector, first.cosine)
+    both = torch.cat([first.cosine, first.vector, second.cosine, second.vector])
+    assert both.std() == pytest.approx(0.05, rel=0.2)
+
+
+def test_crystal_target_is_a_mean_over_atoms_of_means_over_incoming_edges(graph):
+    noise = torch.randn(graph.num_edges, 3, dtype=torch.float64)
+    expected = []
+    for b in range(2):
+        atoms = range(int(graph.batch_ptr[b]), int(graph.batch_ptr[b + 1]))
+        expected.append(torch.stack([noise[graph.edge_index[1] == i].mean(0) for i in atoms]).mean(0))
+    torch.testing.assert_close(noise_per_crystal(noise, GraphIndex(graph)), torch.stack(expected))
+
+
+@pytest.mark.parametrize("denoising", ["crystal", "edge"])
+def test_loss_parts(graph, denoising):
+    noise = EdgeNoise(*torch.full((2, graph.num_edges, 3), 0.1, dtype=torch.float64))
+    shape = (2, 3) if denoising == "crystal" else (graph.num_edges, 3)
+    z = torch.randn(2, 4, dtype=torch.float64)
+    output = MGTOutput(
+        se3_proj=z,
+        so3_proj=z,
+        se3_noise=torch.full(shape, 0.1).double(),
+        so3_noise=torch.zeros(shape).double(),
+    )
+    found = pretraining_loss(output, graph, noise, denoising=denoising, noise_std=0.05, weights=(2, 3, 5))
+    assert float(found.se3_denoising) == pytest.approx(0, abs=1e-12)
+    # Wrong by 0.1 in three components: a sum over two crystals, or a mean in units of 0.05.
+    assert float(found.so3_denoising) == pytest.approx(0.06 if denoising == "crystal" else 12)
+    assert float(found.total) == pytest.approx(2 * float(nt_xent(z, z)) + 5 * float(found.so3_denoising))
+
+
+def test_one_view_has_no_contrast(graph):
+    noise = draw_noise(graph, 0.05)
+    output = MGTOutput(se3_proj=torch.zeros(2, 4), se3_noise=torch.zeros(2, 3))
+    found = pretraining_loss(output, graph, noise)
+    assert found.contrastive is None
+    assert found.so3_denoising is None
+    torch.testing.assert_close(found.total, 0.5 * found.se3_denoising)

@@ -1,0 +1,129 @@
+import dataclasses
+
+import pytest
+import torch
+from scipy.spatial.transform import Rotation
+
+from mgt_fast import MGT, CrystalBatch, MGTConfig, build_graph
+from mgt_fast.losses import draw_noise
+from mgt_fast.outputs import EdgeNoise
+
+SMALL = MGTConfig(channels=16, num_scalars=8, num_vectors=2, expert_hidden=8, dropout=0.0)
+
+
+def crystals():
+    """Rock salt (primitive cell) and a one-atom crystal, jittered cells."""
+    return CrystalBatch.from_arrays(
+        numbers=[11, 17, 29],
+        frac_coords=[[0, 0, 0], [0.5, 0.48, 0.5], [0.1, 0.2, 0.3]],
+        cell=[[[0, 2.8, 2.8], [2.8, 0, 2.8], [2.8, 2.8, 0]], [[2.5, 0, 0], [0.1, 2.6, 0], [0, 0.2, 2.4]]],
+        num_atoms=[2, 1],
+    )
+
+
+@pytest.fixture(scope="module")
+def graph():
+    return build_graph(crystals(), max_neighbors=8).to(dtype=torch.float64)
+
+
+def make(**changes):
+    torch.manual_seed(0)
+    return MGT(dataclasses.replace(SMALL, **changes)).double()
+
+
+@pytest.mark.parametrize(
+    ("changes", "present", "absent"),
+    [
+        ({}, {"mixture_of_experts", "se3_graph_encoder", "so3_graph_encoder"}, {"expert"}),
+        ({"fusion": "concat"}, {"expert", "se3_graph_encoder"}, {"mixture_of_experts"}),
+        ({"views": "se3"}, {"expert", "se3_graph_encoder"}, {"so3_graph_encoder", "so3_projection_encoder"}),
+        ({"views": "so3"}, {"expert", "so3_graph_encoder"}, {"se3_graph_encoder", "se3_projection_encoder"}),
+        ({"task": "pretrain"}, {"se3_angle_layer", "so3_edge_layer"}, {"expert", "mixture_of_experts"}),
+        ({"output_dim": 3}, {"mixture_of_experts"}, {"expert"}),
+    ],
+    ids=str,
+)
+def test_ablations(graph, changes, present, absent):
+    model = make(**changes)
+    parts = {name.split(".")[0] for name in model.state_dict()}
+    assert present <= parts
+    assert not absent & parts
+    out = model(graph, draw_noise(graph, 0.05, torch.Generator().manual_seed(0)))
+    if model.config.task == "predict":
+        assert out.prediction.shape == (2, model.config.output_dim)
+        loss = out.prediction.square().sum()
+    else:
+        assert out.prediction is None
+        loss = out.se3_noise.square().sum() + out.so3_noise.square().sum()
+        loss = loss + out.se3_proj.sum() + out.so3_proj.sum()
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_contributions(graph):
+    out = make().eval()(graph)
+    torch.testing.assert_close(out.contributions.sum(1), torch.ones(2, dtype=torch.float64))
+    assert (out.contributions > 0).all()
+    assert make(views="se3").eval()(graph).contributions.tolist() == [[1, 0]] * 2
+    assert make(views="so3").eval()(graph).contributions.tolist() == [[0, 1]] * 2
+    assert make(fusion="concat").eval()(graph).contributions is None
+
+
+def test_contribution_is_the_share_of_the_view_in_the_prediction(graph):
+    model = make().eval()
+    router = model.mixture_of_experts
+    before = model(graph)
+    with torch.no_grad():
+        router.projection.weight[:, 1] = 0  # silence the SO(3) view's term
+        se3_term = model(graph).prediction - router.projection.bias
+    so3_term = before.prediction - router.projection.bias - se3_term
+    share = se3_term.abs() / (se3_term.abs() + so3_term.abs())
+    torch.testing.assert_close(before.contributions[:, :1], share)
+
+
+def test_each_view_sees_its_own_noise_alone(graph):
+    model = make().eval()
+    clean = model(graph)
+    noise = draw_noise(graph, 0.05, torch.Generator().manual_seed(0))
+    nothing = torch.zeros_like(noise.cosine)
+    only_cosine = model(graph, EdgeNoise(cosine=noise.cosine, vector=nothing))
+    only_vector = model(graph, EdgeNoise(cosine=nothing, vector=noise.vector))
+    assert torch.equal(only_cosine.so3_pool, clean.so3_pool)
+    assert not torch.allclose(only_cosine.se3_pool, clean.se3_pool)
+    assert torch.equal(only_vector.se3_pool, clean.se3_pool)
+    assert not torch.allclose(only_vector.so3_pool, clean.so3_pool)
+
+
+def test_per_edge_noise_turns_with_the_crystal(graph):
+    model = make(task="pretrain", denoising="edge").eval()
+    noise = draw_noise(graph, 0.05, torch.Generator().manual_seed(0))
+    turn = torch.tensor(Rotation.random(random_state=1).as_matrix()).t()
+    turned = dataclasses.replace(graph, edge_vec=graph.edge_vec @ turn, frame=graph.frame @ turn)
+    before = model(graph, noise)
+    after = model(turned, EdgeNoise(cosine=noise.cosine, vector=noise.vector @ turn))
+    assert before.se3_noise.shape == before.so3_noise.shape == (graph.num_edges, 3)
+    torch.testing.assert_close(after.se3_noise, before.se3_noise)
+    torch.testing.assert_close(after.so3_noise, before.so3_noise @ turn)
+
+
+def test_backends():
+    with pytest.raises(NotImplementedError, match="no Triton kernels yet"):
+        MGT(SMALL, backend="triton")
+    with pytest.raises(ValueError, match="backend = 'cuda'; choose one of torch, triton"):
+        MGT(SMALL, backend="cuda")
+
+
+def test_element_without_features_is_named(graph):
+    graph = dataclasses.replace(graph, numbers=torch.tensor([11, 17, 117]))
+    with pytest.raises(ValueError, match=r"no CGCNN features for atomic numbers \[117\]"):
+        make()(graph)
+
+
+def test_two_runs_are_bitwise_equal(graph):
+    outs = []
+    for _ in range(2):
+        model = make()
+        prediction = model(graph).prediction
+        prediction.square().sum().backward()
+        outs.append([prediction, *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*outs, strict=True))
