@@ -28,7 +28,6 @@ from mgt_fast.structures import CrystalBatch
 
 REQUIREMENTS = ("any", "all", "none")
 MIN_DISTANCE = 0.5  # Å
-CHUNK_TIMEOUT = 60.0  # seconds; a chunk takes well under one
 
 
 @dataclass(frozen=True)
@@ -38,10 +37,12 @@ class ParseOptions:
     Attributes:
         targets: key in the records to name in the dataset.
         require_target: "any" (a record needs one of them), "all" or "none".
+        timeout: seconds after which a worker counts as hung; a chunk takes well under one.
     """
 
     targets: Mapping[str, str]
-    require_target: str
+    require_target: str = "any"
+    timeout: float = 60.0
 
 
 @dataclass
@@ -72,7 +73,7 @@ def parse_chunk(records: Sequence[RawRecord], options: ParseOptions) -> Parsed:
         except Exception as error:
             message = f"{type(error).__name__}: {error}"
             rejected.append((i, RecordError("unreadable_record", type(record.payload).__name__, message)))
-    crowded = _crowded([crystal for _, crystal, _ in good])
+    crowded = _crowded([crystal for _, crystal, _ in good], [records[i].id for i, _, _ in good])
     rejected += [(good[j][0], error) for j, error in crowded.items()]
     good = [entry for j, entry in enumerate(good) if j not in crowded]
     kept = [i for i, _, _ in good]
@@ -104,16 +105,17 @@ def _targets(raw: Mapping[str, object], options: ParseOptions) -> dict[str, floa
     return values
 
 
-def _crowded(crystals: Sequence[Crystal]) -> dict[int, RecordError]:
+def _crowded(crystals: Sequence[Crystal], ids: Sequence[str]) -> dict[int, RecordError]:
     """Return the crystals with atoms, periodic images among them, closer than 0.5 Å."""
     if not crystals:
         return {}
     try:
-        closest = _closest_pairs(crystals)
+        closest = _closest_pairs(crystals, ids)
     except ValueError as error:  # the neighbour list refuses atoms that all but coincide
         if len(crystals) == 1:
             return {0: RecordError("atoms_too_close", 0, str(error))}
-        return {i: e for i, crystal in enumerate(crystals) for e in _crowded([crystal]).values()}
+        one_by_one = enumerate(zip(crystals, ids, strict=True))
+        return {i: e for i, (crystal, name) in one_by_one for e in _crowded([crystal], [name]).values()}
     return {
         b: RecordError(
             "atoms_too_close",
@@ -124,7 +126,7 @@ def _crowded(crystals: Sequence[Crystal]) -> dict[int, RecordError]:
     }
 
 
-def _closest_pairs(crystals: Sequence[Crystal]) -> dict[int, tuple[float, int, int]]:
+def _closest_pairs(crystals: Sequence[Crystal], ids: Sequence[str]) -> dict[int, tuple[float, int, int]]:
     """Return crystal -> (distance, atom, atom) of the closest pair below MIN_DISTANCE."""
     batch = CrystalBatch.from_arrays(
         np.concatenate([crystal.numbers for crystal in crystals]),
@@ -132,6 +134,7 @@ def _closest_pairs(crystals: Sequence[Crystal]) -> dict[int, tuple[float, int, i
         np.array([crystal.cell for crystal in crystals]),
         [len(crystal.numbers) for crystal in crystals],
         np.array([crystal.pbc for crystal in crystals]),
+        ids,
     )
     pairs = neighbor_list(batch, cutoff=MIN_DISTANCE, half=True, threads=1)
     distance = pairs.edge_vec.norm(dim=1)
@@ -149,8 +152,8 @@ def parse_all(
 ) -> Iterator[tuple[Sequence[RawRecord], Parsed]]:
     """Parse chunks in worker processes and yield them in order.
 
-    A record that kills its worker, or keeps it busy for a minute, is rejected and the rest goes on. With
-    `workers` = 1 everything happens in this process, without that protection.
+    A record that kills its worker, or keeps it busy for `options.timeout`, is rejected and the rest goes on.
+    With `workers` = 1 everything happens in this process, without that protection.
     """
     if workers == 1:
         for chunk in chunks:
@@ -184,7 +187,7 @@ def _parse_one_by_one(chunk: Sequence[RawRecord], options: ParseOptions) -> Pars
         try:
             parsed = pool.submit([record], options).result()
         except BrokenProcessPool:
-            message = f"the parser crashed or took longer than {CHUNK_TIMEOUT:.0f} s"
+            message = f"the parser crashed or took longer than {options.timeout:g} s"
             rejected.append((i, RecordError("parser_failure", type(record.payload).__name__, message)))
             continue
         kept += [i] * len(parsed.kept)
@@ -222,7 +225,7 @@ class _Pool:
 def _parse_watched(chunk: Sequence[RawRecord], options: ParseOptions) -> Parsed:
     """Parse a chunk in a worker; should it hang, even inside a C library, the worker ends itself."""
     with open(os.devnull, "w") as nowhere:
-        faulthandler.dump_traceback_later(CHUNK_TIMEOUT, exit=True, file=nowhere)
+        faulthandler.dump_traceback_later(options.timeout, exit=True, file=nowhere)
         try:
             return parse_chunk(chunk, options)
         finally:

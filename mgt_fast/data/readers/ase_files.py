@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -79,11 +80,8 @@ def read_extxyz(source: Source) -> Iterator[RawRecord]:
                 yield RawRecord(where, name, Faulty(frame[0].strip(), f"the comment line: {error}"))
                 continue
             id_key = next((key for key in ID_KEYS if key in values), None)
-            targets = {
-                key: v for key, v in values.items() if key != id_key and isinstance(v, int | float | str)
-            }
-            name = str(values[id_key]) if id_key else name
-            yield RawRecord(where, name, AseText("".join([count, *frame]), "extxyz"), targets)
+            name = str(values.pop(id_key)) if id_key else name
+            yield RawRecord(where, name, AseText("".join([count, *frame]), "extxyz"), values)
 
 
 def read_database(source: Source) -> Iterator[RawRecord]:
@@ -95,7 +93,11 @@ def read_database(source: Source) -> Iterator[RawRecord]:
             f"{source.name}: an ASE database is not read from inside an archive; unpack it first"
         )
     with ase.db.connect(source.path, type="db") as database:
-        for row_id in [row.id for row in database.select(columns=["id"], include_data=False)]:
+        try:
+            row_ids = [row.id for row in database.select(columns=["id"], include_data=False)]
+        except sqlite3.DatabaseError as error:
+            raise PrepareError(f"{source.name} is a damaged database: {error}") from error
+        for row_id in row_ids:
             where, name = f"{source.name}: row {row_id}", f"{source.stem}-{row_id}"
             try:
                 row = database.get(id=row_id)

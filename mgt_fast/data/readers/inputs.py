@@ -6,7 +6,7 @@ Archives are read member by member in memory; nothing inside one ever becomes a 
 from __future__ import annotations
 
 import csv
-import os
+import posixpath
 import re
 import tarfile
 import zipfile
@@ -32,6 +32,7 @@ from mgt_fast.data.readers.base import (
 DAMAGED = (EOFError, OSError, zlib.error, zipfile.BadZipFile, tarfile.TarError, RuntimeError)
 
 _ENDINGS = re.compile(r"(\.(cif|csv|vasp|poscar|extxyz|xyz|json|db|pkl|zip|tar|tgz|gz))+$", re.IGNORECASE)
+_HIDDEN = re.compile(r"(^|/)(\.[^./]|__MACOSX(/|$))")
 _LABEL_FILE = re.compile(r"(.*_)?id_prop\.csv", re.IGNORECASE)
 
 
@@ -210,9 +211,7 @@ def _folder_files(folder: Path) -> list[Source]:
     files = {
         path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()
     }
-    sources = _member_sources(
-        str(folder), {name: partial(path.open, "rb") for name, path in files.items()}, "/"
-    )
+    sources = _member_sources(str(folder), {name: partial(path.open, "rb") for name, path in files.items()})
     return [replace(source, path=files[source.name.removeprefix(f"{folder}/")]) for source in sources]
 
 
@@ -231,22 +230,17 @@ def _archive_members(stream: BinaryIO) -> dict[str, Callable[[], BinaryIO]] | No
     return None
 
 
-def _member_sources(
-    container: str, members: dict[str, Callable[[], BinaryIO]], separator=":"
-) -> list[Source]:
-    """Return the members as sources; their ids leave out folders that all structures share."""
-    names = [
-        name
-        for name in members
-        if not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+def _member_sources(container: str, members: dict[str, Callable[[], BinaryIO]]) -> list[Source]:
+    """Return the members but hidden files; their ids leave out the folders that all structures share."""
+    names = {name: posixpath.normpath(name).lstrip("/") for name in members}
+    names = {name: clean for name, clean in names.items() if not _HIDDEN.search(clean)}
+    folders = [
+        posixpath.dirname(clean)
+        for clean in names.values()
+        if not _LABEL_FILE.fullmatch(posixpath.basename(clean))
     ]
-    folders = [os.path.dirname(name) for name in names if not _LABEL_FILE.fullmatch(os.path.basename(name))]
-    shared = os.path.commonpath(folders) if all(folders) and folders else ""
+    shared = posixpath.commonpath(folders) if folders else ""
     return [
-        Source(
-            f"{container}{separator}{name}",
-            _ENDINGS.sub("", name.removeprefix(shared).lstrip("/")),
-            members[name],
-        )
-        for name in names
+        Source(f"{container}/{name}", _ENDINGS.sub("", clean.removeprefix(shared).lstrip("/")), members[name])
+        for name, clean in names.items()
     ]

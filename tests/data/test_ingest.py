@@ -1,0 +1,342 @@
+"""What `prepare` does with records: every one is stored or listed, whatever is wrong with it."""
+
+import csv
+import io
+import json
+import os
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from mgt_fast.data import CrystalDataset, DatasetError, PrepareError, prepare
+from mgt_fast.data.ingest import REJECTS
+from mgt_fast.data.parse import ParseOptions, parse_all, parse_chunk
+from mgt_fast.data.readers.base import Arrays, RawRecord
+
+CELL = [[4.0, 0.0, 0.0], [0.0, 4.0, 0.0], [0.0, 0.0, 4.0]]
+
+
+def item(name="x", *, z=(11, 17), cell=CELL, positions=((0.0, 0.0, 0.0), (2.0, 2.0, 2.0)), **targets):
+    return {"id": name, "atomic_numbers": list(z), "cell": cell, "positions": positions, **targets}
+
+
+def cif(element="Na", x="0.0", occupancy="1", length="4.0"):
+    return (
+        f"data_a\n_cell_length_a {length}\n_cell_length_b 4\n_cell_length_c 4\n_cell_angle_alpha 90\n"
+        "_cell_angle_beta 90\n_cell_angle_gamma 90\nloop_\n_atom_site_type_symbol\n_atom_site_fract_x\n"
+        "_atom_site_fract_y\n_atom_site_fract_z\n_atom_site_occupancy\n"
+        f"{element} {x} 0 0 {occupancy}\n"
+    )
+
+
+def written(tmp_path, content, name="in.json"):
+    path = tmp_path / name
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def run(tmp_path, content, **options):
+    """Prepare a JSON list; return the summary, the dataset and the rows of rejects.csv."""
+    options = {"workers": 1, "overwrite": True} | options
+    summary = prepare(written(tmp_path, content), tmp_path / "dataset", **options)
+    rows = rejects_of(tmp_path / "dataset")
+    assert summary.read == summary.stored + summary.rejected
+    assert summary.rejected == len(rows) == sum(summary.by_reason.values())
+    return summary, CrystalDataset.open(tmp_path / "dataset"), rows
+
+
+def rejects_of(folder):
+    with (folder / REJECTS).open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+NAN, INF = float("nan"), float("inf")
+FLAT = [[4.0, 0.0, 0.0], [0.0, 4.0, 0.0], [4.0, 4.0, 1e-4]]
+SKEWED = [[4.0, 0.0, 0.0], [20.3, 0.5, 0.0], [0.0, 0.0, 4.0]]  # b - 5 a is 0.58 Å long, b · 2 - 10 a 1.17
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason", "value", "message"),
+    [
+        (
+            item(positions=[[0, 0, 0], [2, NAN, 2]]),
+            "not_finite",
+            "nan",
+            "coordinates: row 1, column 1 is nan",
+        ),
+        (item(cell=[[INF, 0, 0], [0, 4, 0], [0, 0, 4]]), "not_finite", "inf", "cell: row 0, column 0 is inf"),
+        (item(gap=INF), "not_finite", "inf", "gap is inf"),
+        (item(z=(11, 119)), "unknown_element", "119", "119 is no chemical element"),
+        (item(z=(11, 0)), "unknown_element", "0", "0 is no chemical element"),
+        (item(z=(11, 1.5)), "unknown_element", "1.5", "1.5 is no chemical element"),
+        (item(z=(11, 105)), "unknown_element", "105", "no published atom features"),
+        (item(cell=FLAT), "near_zero_volume", "0.0016", "0.0016 Å^3 for 2 atoms"),
+        (item(cell=np.zeros((3, 3)).tolist()), "near_zero_volume", "0", "0 Å^3"),
+        (item(positions=[[0, 0, 0], [0, 0, 0.4]]), "atoms_too_close", "0.4", "atoms 0 and 1 are 0.4 Å apart"),
+        (item(positions=[[0, 0, 0], [0, 0, 3.7]]), "atoms_too_close", "0.3", "atoms 0 and 1 are 0.3 Å apart"),
+        (item(positions=[[1, 1, 1], [1, 1, 1]]), "atoms_too_close", "0", "structure 'x': atom 0 and atom 1"),
+        (item(cell=[[0.4, 0, 0], [0, 9, 0], [0, 0, 9]]), "atoms_too_close", "0.4", "0.4 Å apart"),
+        (item(positions=[[0, 0, 0]]), "unreadable_record", "(1, 3)", "expected (2, 3) numbers, found (1, 3)"),
+        (item(positions="here"), "unreadable_record", "here", "coordinates: expected numbers"),
+        (item(z=(), positions=[]), "unreadable_record", "(0,)", "coordinates"),
+        ({"id": "x"}, "unreadable_record", "{'id': 'x'}", "expected the keys"),
+        (17, "unreadable_record", "17", "expected the keys"),
+        (item(gap="high"), "target_not_a_number", "high", "gap is 'high', not a number"),
+        (item(gap=None), "missing_target", "None", "no value for gap"),
+        (item(gap="na"), "missing_target", "na", "no value for gap"),
+        (item("good", gap=2.0), "duplicate_id", "good", "stored already"),
+    ],
+)
+def test_a_bad_record_is_listed_and_the_rest_stored(tmp_path, bad, reason, value, message):
+    if isinstance(bad, dict) and "positions" in bad:
+        bad = {"gap": 1.0} | bad
+    content = [item("good", gap=1.0), bad, item("also good", gap=3.0)]
+    summary, dataset, rows = run(tmp_path, content, targets=["gap"])
+    assert (summary.read, summary.stored, summary.rejected) == (3, 2, 1)
+    assert list(dataset.ids) == ["good", "also good"]
+    assert dataset.targets["gap"].tolist() == [1.0, 3.0]
+    (row,) = rows
+    assert row["reason"] == reason
+    assert row["source"] == f"{tmp_path}/in.json: item 2"
+    assert row["value"] == value
+    assert message in row["message"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "value", "message"),
+    [
+        (cif(occupancy="0.5"), "partial_occupancy", "0.5", "atom 0 (Na) has occupancy 0.5"),
+        (cif(element="Xx"), "unknown_element", "Xx", "'Xx' is no chemical element"),
+        (cif(element="Vac1"), "unknown_element", "Vac1", "'Vac1' is no chemical element"),
+        (cif(x="nan"), "not_finite", "nan", "_atom_site_fract_x of atom 0 is nan"),
+        (cif(x="?"), "unreadable_cif", "?", "_atom_site_fract_x of atom 0 is missing"),
+        (cif(x="left"), "unreadable_cif", "left", "'left', not a number"),
+        (cif(length="inf"), "not_finite", "inf", "_cell_length_a is inf"),
+        (cif(length="0"), "near_zero_volume", "0", "0 Å^3"),
+        (cif(length="?"), "unreadable_cif", "?", "_cell_length_a is missing"),
+        (cif().replace(" 90", " 150"), "near_zero_volume", None, "no cell has"),
+        ("data_a\n_cell_length_a 4\n", "unreadable_cif", "None", "_cell_length_b is missing"),
+        ("no cif at all", "unreadable_cif", "no cif at all", "expected block header"),
+        ("", "unreadable_cif", "", "expected one data block, found 0"),
+        (cif()[:-12], "unreadable_cif", None, "Wrong number of values"),
+    ],
+)
+def test_a_bad_cif_is_listed_and_the_rest_stored(tmp_path, text, reason, value, message):
+    content = [{"material_id": str(i), "structure": t} for i, t in enumerate([cif(), text, cif("K")])]
+    summary, dataset, rows = run(tmp_path, content)
+    assert list(dataset.ids) == ["0", "2"]
+    assert summary.by_reason == {reason: 1}
+    assert value is None or rows[0]["value"] == value
+    assert message in rows[0]["message"]
+
+
+def test_partial_occupancy_in_matbench(tmp_path):
+    species = [{"element": "Na", "occu": 0.7}, {"element": "K", "occu": 0.3}]
+    sites = {"lattice": {"matrix": CELL}, "sites": [{"species": species, "abc": [0, 0, 0]}]}
+    summary, _, rows = run(tmp_path, {"index": [0], "columns": ["structure", "gap"], "data": [[sites, 1.0]]})
+    assert summary.by_reason == {"partial_occupancy": 1}
+    assert rows[0]["value"] == "Na 0.7, K 0.3"
+
+
+def test_short_lattice_vectors_of_a_skewed_cell_are_found(tmp_path):
+    positions = [[0.0, 0.0, 0.0], [20.3, 0.5, 0.3]]  # the second atom lies 0.3 Å above an image of the first
+    summary, _, rows = run(tmp_path, [item(cell=SKEWED, positions=positions)])
+    assert summary.by_reason == {"atoms_too_close": 1}
+    assert float(rows[0]["value"]) == pytest.approx(0.3)
+
+
+def test_a_bad_frame_does_not_spoil_an_xyz_file(tmp_path):
+    good = '1\nLattice="4 0 0 0 4 0 0 0 4" pbc="T T T" energy={}\nNa 0 0 0\n'
+    frames = [good.format(energy) for energy in (1, 2, 3, 4)]
+    frames[1] = frames[1].replace("Na", "Zz")
+    frames[2] = frames[2].replace("0 0\n", "0 q\n")
+    path = written(tmp_path, "".join(frames) + "many\n", "frames.extxyz")
+    summary = prepare(path, tmp_path / "dataset", workers=1)
+    assert (summary.read, summary.stored) == (5, 2)
+    rows = rejects_of(tmp_path / "dataset")
+    assert [(row["id"], row["reason"], row["value"]) for row in rows[::2]] == [
+        ("frames-2", "unknown_element", "Zz"),
+        ("frames-5", "unreadable_record", "many"),
+    ]
+    assert rows[1]["reason"] == "unreadable_record"
+    assert CrystalDataset.open(tmp_path / "dataset").targets["energy"].tolist() == [1, 4]
+
+
+def test_an_uneven_csv_row_is_one_bad_record(tmp_path):
+    path = written(tmp_path, f'id,cif,gap\na,"{cif()}",1\nb\nc,"{cif()}",2\n', "in.csv")
+    summary = prepare(path, tmp_path / "dataset", workers=1)
+    assert (summary.read, summary.stored) == (3, 2)
+    assert "row 2" in rejects_of(tmp_path / "dataset")[0]["source"]
+
+
+def test_coordinates_keep_their_precision_far_from_the_cell(tmp_path):
+    _, dataset, _ = run(tmp_path, [item(positions=[[4e6 + 1.0, 0, 0], [-1.0, 2.0, 2.0]])])
+    np.testing.assert_allclose(dataset.gather([0]).frac_coords, [[0.25, 0, 0], [0.75, 0.5, 0.5]], atol=1e-7)
+
+
+def test_nonperiodic_directions_are_kept(tmp_path):
+    content = [item(positions=[[0, 0, 0], [0, 0, 5.0]], pbc=[True, True, False])]
+    _, dataset, _ = run(tmp_path, content)
+    crystal = dataset.gather([0])
+    assert crystal.pbc.tolist() == [[True, True, False]]
+    assert crystal.frac_coords[1].tolist() == [0, 0, 1.25]
+
+
+MANY = [item(f"c{i}", gap=float(i), energy="na" if i % 2 else -1.0) for i in range(600)]
+
+
+def test_which_targets(tmp_path):
+    content = [dict(entry, formula="NaCl", flag=True, tags=[1, 2]) for entry in MANY[:4]]
+    summary, dataset, _ = run(tmp_path, content)
+    assert summary.targets == {"gap": 4, "energy": 2}
+    np.testing.assert_array_equal(dataset.targets["energy"], [-1, np.nan, -1, np.nan])
+
+    _, dataset, _ = run(tmp_path, content, targets={"gap": "band_gap"}, units={"band_gap": "eV"})
+    assert dataset.target_units == {"band_gap": "eV"}
+    with pytest.raises(PrepareError, match=r"none of the first 4 records has 'gop'; they have .*gap, energy"):
+        run(tmp_path, content, targets=["gop"])
+    with pytest.raises(PrepareError, match="same name"):
+        run(tmp_path, content, targets={"gap": "y", "energy": "y"})
+    with pytest.raises(PrepareError, match="unit was given for 'gop'"):
+        run(tmp_path, content, units={"gop": "eV"})
+
+
+def test_a_target_that_comes_late_is_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr("mgt_fast.data.ingest.SAMPLE_SIZE", 2)
+    content = [item("a", gap=1.0), item("b", gap=1.0), item("c", gap=1.0, late=2.0)]
+    summary, dataset, _ = run(tmp_path, content)
+    assert set(dataset.targets) == {"gap"}
+    assert any("'late'" in note and "item 3" in note for note in summary.notes)
+
+
+@pytest.mark.parametrize(("require", "stored"), [("any", 4), ("all", 2), ("none", 5)])
+def test_required_targets(tmp_path, require, stored):
+    content = [*MANY[:4], item("bare", gap=None, energy=None)]
+    summary, _, _ = run(tmp_path, content, require_target=require)
+    assert summary.stored == stored
+    assert set(summary.by_reason) <= {"missing_target"}
+
+
+def test_parts_from_a_split_file(tmp_path):
+    as_lists = written(tmp_path, {"train": ["c0", "c1"], "val": ["c2"], "test": ["gone"]}, "lists.json")
+    as_objects = written(
+        tmp_path, {"train": {"c0": 1, "c1": 2}, "val": {"c2": 3}, "test": {"gone": 4}}, "o.json"
+    )
+    as_table = written(tmp_path, "id,split\nc0,train\nc1,train\nc2,val\ngone,test\n", "split.csv")
+    for split_file in (as_lists, as_objects, as_table):
+        summary, dataset, _ = run(tmp_path, MANY[:4], split_file=split_file)
+        assert dataset.split.tolist() == ["train", "train", "val", ""]
+        assert summary.splits == {"train": 2, "val": 1, "": 1}
+        assert any("1 of the 4 ids" in note for note in summary.notes)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"training": ["c0"]}', "part 'training' of 'c0'"),
+        ('{"train": ["c0"], "test": ["c0"]}', "'c0' is both in train and in test"),
+        ('{"train": 3}', "is no split file"),
+        ("name,part\nc0,train\n", "is no split file"),
+    ],
+)
+def test_wrong_split_files(tmp_path, text, message):
+    with pytest.raises(PrepareError, match=message):
+        run(tmp_path, MANY[:2], split_file=written(tmp_path, text, "split.txt"))
+
+
+def test_the_result_does_not_depend_on_the_number_of_workers(tmp_path):
+    """600 records in three chunks, duplicates and faults among them, give the same bytes."""
+    content = [*MANY, item("c3", gap=0.0), item("bad", cell=FLAT, gap=0.0), item("c0", gap=0.0)]
+    path = written(tmp_path, content)
+    folders = [tmp_path / f"with-{workers}" for workers in (1, 2)]
+    for workers, folder in zip((1, 2), folders, strict=True):
+        summary = prepare(path, folder, workers=workers, shard_size=250)
+        assert (summary.read, summary.stored) == (603, 600)
+        assert summary.by_reason == {"duplicate_id": 2, "near_zero_volume": 1}
+    names = sorted(file.name for file in folders[0].iterdir())
+    assert len(names) == 5
+    for name in names:
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
+
+
+@dataclass(frozen=True)
+class Killer:
+    """A payload that does to its worker what a crashing or hanging parser would."""
+
+    hang: bool
+
+    def crystal(self):
+        if self.hang:
+            time.sleep(60)
+        os._exit(1)
+
+
+SALT = Arrays([11, 17], [[0, 0, 0], [0.5, 0.5, 0.5]], CELL, cartesian=False)
+
+
+def test_records_that_kill_or_hang_their_worker_are_rejected():
+    payloads = [SALT, Killer(hang=False), SALT, SALT, Killer(hang=True), SALT]
+    chunks = [
+        [RawRecord("s", f"{c}-{i}", payload) for i, payload in enumerate(payloads[c : c + 3])] for c in (0, 3)
+    ]
+    found = [parsed for _, parsed in parse_all(chunks, ParseOptions({}, timeout=2.0), workers=2)]
+    assert [parsed.kept for parsed in found] == [[0, 2], [0, 2]]
+    assert [[(i, error.reason) for i, error in parsed.rejected] for parsed in found] == [
+        [(1, "parser_failure")],
+        [(1, "parser_failure")],
+    ]
+    assert found[1].batch.column("id").to_pylist() == ["3-0", "3-2"]
+
+
+def test_a_parser_that_raises_anything_is_a_rejected_record():
+    class Surprise:
+        def crystal(self):
+            raise ZeroDivisionError("surprise")
+
+    parsed = parse_chunk([RawRecord("s", "a", Surprise()), RawRecord("s", "b", SALT)], ParseOptions({}))
+    assert parsed.kept == [1]
+    assert parsed.rejected[0][1].reason == "unreadable_record"
+    assert "ZeroDivisionError: surprise" in parsed.rejected[0][1].message
+
+
+def test_output_is_replaced_only_on_request(tmp_path):
+    run(tmp_path, MANY[:2])
+    with pytest.raises(DatasetError, match="exists already"):
+        run(tmp_path, MANY[:3], overwrite=False)
+    with pytest.raises(PrepareError):
+        run(tmp_path, "[{]")
+    assert len(CrystalDataset.open(tmp_path / "dataset")) == 2  # the failed run touched nothing
+    _, dataset, _ = run(tmp_path, MANY[:3])
+    assert len(dataset) == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dataset", "in.json"]
+
+
+def test_wrong_arguments(tmp_path):
+    for options, message in [
+        ({"workers": -1}, "workers = -1"),
+        ({"require_target": "some"}, "choose one of any, all, none"),
+        ({"shard_size": 0}, "shard_size = 0"),
+        ({"split_file": tmp_path / "none.json"}, r"none\.json does not exist"),
+        ({"labels": tmp_path / "none.csv"}, r"none\.csv does not exist"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run(tmp_path, MANY[:2], **options)
+    with pytest.raises(PrepareError, match="no input"):
+        prepare([], tmp_path / "dataset")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_and_summary(tmp_path, terminal, monkeypatch):
+    monkeypatch.setattr("mgt_fast.data.ingest.PLAIN_INTERVAL", 0.0)
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=100)
+    summary, _, _ = run(tmp_path, [*MANY, item("bad", cell=FLAT, gap=1.0)], console=console)
+    shown = console.file.getvalue()
+    assert "601 read, 600 stored, 1 rejected" in shown
+    assert ("\x1b[" in shown) == terminal
+    text = str(summary)
+    assert "600 crystals stored of 601 read, 1 rejected" in text
+    assert "near_zero_volume 1" in text
+    assert "target energy: 300 values" in text
