@@ -61,7 +61,9 @@ struct Batch {
     require(this->frac_coords, "frac_coords", {num_atoms, 3});
   }
 
-  mgt::Crystals view() const { return {count, batch_ptr.data(), frac_coords.data(), cell.data(), pbc.data()}; }
+  mgt::Crystals view() const {
+    return {count, batch_ptr.data(), frac_coords.data(), cell.data(), pbc.data()};
+  }
 
   // Run body(crystals) without the GIL; a crystal at fault is named in the ValueError.
   template <class Body>
@@ -71,7 +73,8 @@ struct Batch {
       py::gil_scoped_release release;
       return body(crystals);
     } catch (const mgt::CrystalError& error) {
-      throw py::value_error("structure '" + std::string(py::str(names[error.crystal])) + "': " + error.what());
+      throw py::value_error("structure '" + std::string(py::str(names[error.crystal])) +
+                            "': " + error.what());
     }
   }
 
@@ -95,8 +98,8 @@ py::dict to_dict(mgt::NeighborList&& list, py::ssize_t num_atoms) {
   return result;
 }
 
-py::dict neighbor_list(const Batch& batch, double cutoff, std::int64_t max_neighbors, bool half, double shell_tolerance,
-                       bool shell_margin, int threads) {
+py::dict neighbor_list(const Batch& batch, double cutoff, std::int64_t max_neighbors, bool half,
+                       double shell_tolerance, bool shell_margin, int threads) {
   mgt::NeighborOptions options;
   options.cutoff = cutoff;
   options.max_neighbors = max_neighbors;
@@ -104,8 +107,9 @@ py::dict neighbor_list(const Batch& batch, double cutoff, std::int64_t max_neigh
   options.shell_tolerance = shell_tolerance;
   options.shell_margin = shell_margin;
   options.threads = threads;
-  return to_dict(batch.run([&](const mgt::Crystals& crystals) { return mgt::neighbor_list(crystals, options); }),
-                 batch.num_atoms);
+  return to_dict(
+      batch.run([&](const mgt::Crystals& crystals) { return mgt::neighbor_list(crystals, options); }),
+      batch.num_atoms);
 }
 
 py::array_t<double> lattice_frames(const Batch& batch, const Array<std::int64_t>& numbers,
@@ -117,13 +121,14 @@ py::array_t<double> lattice_frames(const Batch& batch, const Array<std::int64_t>
   require(edge_index, "edge_index", {2, num_edges});
   require(row_ptr, "row_ptr", {batch.num_atoms + 1});
   const mgt::Motif motif{numbers.data(), edge_index.data() + num_edges, edge_vec.data(), row_ptr.data()};
-  auto frames = batch.run([&](const mgt::Crystals& crystals) { return mgt::lattice_frames(crystals, motif, threads); });
+  auto frames =
+      batch.run([&](const mgt::Crystals& crystals) { return mgt::lattice_frames(crystals, motif, threads); });
   return to_numpy<double>(std::move(frames), {batch.count, 3, 3});
 }
 
 py::dict comformer_graph(const Batch& batch, std::int64_t max_neighbors, int threads) {
-  mgt::ComformerGraph graph =
-      batch.run([&](const mgt::Crystals& crystals) { return mgt::comformer_graph(crystals, max_neighbors, threads); });
+  mgt::ComformerGraph graph = batch.run(
+      [&](const mgt::Crystals& crystals) { return mgt::comformer_graph(crystals, max_neighbors, threads); });
   py::dict result = to_dict(std::move(graph.edges), batch.num_atoms);
   result["frame"] = to_numpy<double>(std::move(graph.frames), {batch.count, 3, 3});
   return result;
@@ -137,11 +142,12 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<Array<double>, Array<double>, Array<std::int64_t>, Array<bool>, py::sequence>(),
            py::arg("frac_coords").noconvert(), py::arg("cell").noconvert(), py::arg("batch_ptr").noconvert(),
            py::arg("pbc").noconvert(), py::arg("ids"));
-  m.def("neighbor_list", &neighbor_list, py::arg("batch"), py::kw_only(), py::arg("cutoff"), py::arg("max_neighbors"),
-        py::arg("half"), py::arg("shell_tolerance"), py::arg("shell_margin"), py::arg("threads"));
-  m.def("lattice_frames", &lattice_frames, py::arg("batch"), py::arg("numbers").noconvert(),
-        py::arg("edge_index").noconvert(), py::arg("edge_vec").noconvert(), py::arg("row_ptr").noconvert(), py::kw_only(),
+  m.def("neighbor_list", &neighbor_list, py::arg("batch"), py::kw_only(), py::arg("cutoff"),
+        py::arg("max_neighbors"), py::arg("half"), py::arg("shell_tolerance"), py::arg("shell_margin"),
         py::arg("threads"));
+  m.def("lattice_frames", &lattice_frames, py::arg("batch"), py::arg("numbers").noconvert(),
+        py::arg("edge_index").noconvert(), py::arg("edge_vec").noconvert(), py::arg("row_ptr").noconvert(),
+        py::kw_only(), py::arg("threads"));
   m.def("comformer_graph", &comformer_graph, py::arg("batch"), py::kw_only(), py::arg("max_neighbors"),
         py::arg("threads"));
 }

@@ -8,7 +8,7 @@ namespace {
 
 constexpr double kMinVolume = 1e-3;         // Å^3; an atom takes more than 1
 constexpr double kMaxFractional = 1 << 20;  // beyond it wrapping costs more than 1e-9 of a cell
-constexpr double kMaxSkew = 1 << 20;        // keeps integer coefficients far from overflow
+constexpr double kMaxSkew = 1 << 22;        // keeps integer coefficients far from overflow
 constexpr double kShorter = 1.0 - 1e-12;    // a step must shorten by more than rounding, or it could repeat
 
 template <class... Parts>
@@ -24,7 +24,8 @@ void check_numbers(const Crystals& crystals, std::int64_t b) {
   for (int k = 0; k < 9; ++k) {
     const double value = crystals.cell[9 * b + k];
     if (!std::isfinite(value)) {
-      fail(b, "component ", k % 3, " of lattice vector ", kAxis[k / 3], " is ", value, "; give finite lengths in Å");
+      fail(b, "component ", k % 3, " of lattice vector ", kAxis[k / 3], " is ", value,
+           "; give finite lengths in Å");
     }
   }
   for (std::int64_t i = 0; i < crystals.num_atoms(b); ++i) {
@@ -48,7 +49,8 @@ void minkowski_reduce(int count, Mat3& vectors, Int3 (&coefficients)[3]) {
   const auto subtract = [&](int k, double multiple, int j) {
     v[k] = v[k] - multiple * v[j];
     const auto m = static_cast<std::int32_t>(multiple);
-    coefficients[k] = coefficients[k] - Int3{m * coefficients[j].x, m * coefficients[j].y, m * coefficients[j].z};
+    coefficients[k] =
+        coefficients[k] - Int3{m * coefficients[j].x, m * coefficients[j].y, m * coefficients[j].z};
   };
   for (bool changed = true; changed;) {
     changed = false;
@@ -86,7 +88,8 @@ ReducedCell reduce_cell(const Crystals& crystals, std::int64_t b) {
   const Mat3 given = crystals.lattice(b);
   const double volume = std::fabs(determinant(given));
   if (!(volume >= kMinVolume)) {
-    fail(b, "the cell has a volume of ", volume, " Å^3, (nearly) zero; give three independent lattice vectors in Å");
+    fail(b, "the cell has a volume of ", volume,
+         " Å^3, (nearly) zero; give three independent lattice vectors in Å");
   }
   if (!std::isfinite(volume)) fail(b, "the volume of the cell overflows; give lattice vectors in Å");
 
@@ -106,8 +109,9 @@ ReducedCell reduce_cell(const Crystals& crystals, std::int64_t b) {
     longest_dual = std::max(longest_dual, norm(cross(g[(a + 1) % 3], g[(a + 2) % 3])) / volume);
   }
   if (longest * longest_dual > kMaxSkew) {
-    fail(b, "the longest lattice vector, ", longest, " Å, is over a million times the spacing of lattice planes, ",
-         1 / longest_dual, " Å; give a less skewed cell");
+    fail(b, "the longest lattice vector, ", longest,
+         " Å, is over four million times the spacing of lattice planes, ", 1 / longest_dual,
+         " Å; give a less skewed cell");
   }
   minkowski_reduce(cell.periodic, cell.basis, cell.to_given);
   if (cell.periodic > 0 && norm(cell.basis.row[0]) < kMinDistance) {
@@ -145,13 +149,15 @@ WrappedAtoms wrap_atoms(const Crystals& crystals, std::int64_t b, const ReducedC
   Vec3 low{0, 0, 0}, high{0, 0, 0};
   for (std::int64_t i = 0; i < count; ++i) {
     Vec3 f = crystals.frac(first + i);
-    const Vec3 whole = {pbc[0] ? std::floor(f.x) : 0, pbc[1] ? std::floor(f.y) : 0, pbc[2] ? std::floor(f.z) : 0};
+    const Vec3 whole = {pbc[0] ? std::floor(f.x) : 0, pbc[1] ? std::floor(f.y) : 0,
+                        pbc[2] ? std::floor(f.z) : 0};
     const Vec3 inside = combine(f - whole, given);
     const Vec3 u = combine(inside, cell.inverse);
     const Vec3 steps = {cell.periodic > 0 ? std::floor(u.x) : 0, cell.periodic > 1 ? std::floor(u.y) : 0,
                         cell.periodic > 2 ? std::floor(u.z) : 0};
     const auto rounded = [](Vec3 v) {
-      return Int3{static_cast<std::int32_t>(v.x), static_cast<std::int32_t>(v.y), static_cast<std::int32_t>(v.z)};
+      return Int3{static_cast<std::int32_t>(v.x), static_cast<std::int32_t>(v.y),
+                  static_cast<std::int32_t>(v.z)};
     };
     atoms.position.push_back(inside - combine(steps, cell.basis));
     atoms.wrap.push_back(Int3{0, 0, 0} - rounded(whole) - combine(rounded(steps), cell.to_given));

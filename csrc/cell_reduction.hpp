@@ -29,7 +29,8 @@ struct ReducedCell {
 void minkowski_reduce(int count, Mat3& vectors, Int3 (&coefficients)[3]);
 
 // Check the numbers of crystal b and reduce its cell.
-// Throws CrystalError for non-finite or huge numbers, (near-)zero volume, or a lattice vector below kMinDistance.
+// Throws CrystalError for non-finite or huge numbers, (near-)zero volume, or a lattice vector below
+// kMinDistance.
 ReducedCell reduce_cell(const Crystals& crystals, std::int64_t b);
 
 // The atoms of one crystal, moved by lattice vectors into the reduced cell.

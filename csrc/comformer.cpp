@@ -8,9 +8,9 @@
 namespace mgt {
 namespace {
 
-constexpr double kIgnoreBelow = 0.15;      // Å
-constexpr double kFrameMargin = 0.01;      // Å
-constexpr double kCandidateWidth = 1e-3;   // relative; covers the rounding of the cell
+constexpr double kIgnoreBelow = 0.15;     // Å
+constexpr double kFrameMargin = 0.01;     // Å
+constexpr double kCandidateWidth = 1e-3;  // relative; covers the rounding of the cell
 constexpr double kMaxFrameImages = 4e6;
 
 // s · m as a chain of fused multiply-adds, the way the published program's linear algebra rounds.
@@ -54,7 +54,8 @@ Mat3 published_frame(const Crystals& crystals, std::int64_t b) {
   };
   const Mat3 cell = crystals.lattice(b), coarse = rounded(cell);
   const Vec3 origin = fused_combine(crystals.frac(crystals.first_atom(b)), coarse);
-  const double radius = std::max({norm(coarse.row[0]), norm(coarse.row[1]), norm(coarse.row[2])}) + kFrameMargin;
+  const double radius =
+      std::max({norm(coarse.row[0]), norm(coarse.row[1]), norm(coarse.row[2])}) + kFrameMargin;
   const Mat3 dual = inverse(coarse);
   const double* d = &dual.row[0].x;
   double most[3], images = 1;
@@ -63,7 +64,8 @@ Mat3 published_frame(const Crystals& crystals, std::int64_t b) {
     images *= 2 * most[a] + 1;
   }
   if (!(images <= kMaxFrameImages)) {
-    throw CrystalError(b, "too many images of the cell within its longest vector for compat = 'comformer'; reduce the cell");
+    throw CrystalError(
+        b, "too many images of the cell within its longest vector for compat = 'comformer'; reduce the cell");
   }
   const auto limit = [&](int a) { return static_cast<std::int32_t>(most[a]); };
   std::vector<Image> near;
@@ -75,7 +77,8 @@ Mat3 published_frame(const Crystals& crystals, std::int64_t b) {
       }
     }
   }
-  std::stable_sort(near.begin(), near.end(), [](const Image& p, const Image& q) { return p.length < q.length; });
+  std::stable_sort(near.begin(), near.end(),
+                   [](const Image& p, const Image& q) { return p.length < q.length; });
 
   // The three cell vectors themselves are within the radius, so each search ends.
   const Int3 first = near[0].shift;
@@ -105,13 +108,15 @@ void count_published(const Crystals& crystals, std::int64_t b, const NeighborLis
   const std::int64_t* target = candidates.edge_index.data() + candidates.edge_vec.size();
   const Mat3 cell = crystals.lattice(b), coarse = rounded(cell);
   std::vector<Vec3> position;
-  for (std::int64_t i = 0; i < n_atoms; ++i) position.push_back(fused_combine(crystals.frac(first + i), coarse));
+  for (std::int64_t i = 0; i < n_atoms; ++i)
+    position.push_back(fused_combine(crystals.frac(first + i), coarse));
 
   std::vector<double> kth, row;
   for (std::int64_t i = 0; i < n_atoms; ++i) {
     row.clear();
     for (std::int64_t e = candidates.row_ptr[first + i]; e < candidates.row_ptr[first + i + 1]; ++e) {
-      row.push_back(published_distance(position[i], position[target[e] - first], candidates.cell_shift[e], cell));
+      row.push_back(
+          published_distance(position[i], position[target[e] - first], candidates.cell_shift[e], cell));
     }
     std::nth_element(row.begin(), row.begin() + (k - 1), row.end());
     kth.push_back(row[k - 1]);
@@ -121,7 +126,8 @@ void count_published(const Crystals& crystals, std::int64_t b, const NeighborLis
       const std::int64_t j = target[e] - first;
       const Int3 shift = candidates.cell_shift[e];
       const bool kept = published_distance(position[i], position[j], shift, cell) <= kth[i];
-      const bool kept_by_j = published_distance(position[j], position[i], Int3{0, 0, 0} - shift, cell) <= kth[j];
+      const bool kept_by_j =
+          published_distance(position[j], position[i], Int3{0, 0, 0} - shift, cell) <= kth[j];
       copies[e] = i == j ? std::uint8_t(kept + kept_by_j) : std::uint8_t(kept || kept_by_j);
     }
   }
@@ -132,7 +138,8 @@ void count_published(const Crystals& crystals, std::int64_t b, const NeighborLis
 ComformerGraph comformer_graph(const Crystals& crystals, std::int64_t max_neighbors, int threads) {
   for (std::int64_t b = 0; b < crystals.count; ++b) {
     if (!(crystals.pbc[3 * b] && crystals.pbc[3 * b + 1] && crystals.pbc[3 * b + 2])) {
-      throw CrystalError(b, "compat = 'comformer' needs periodicity in three directions; set pbc, or drop compat");
+      throw CrystalError(
+          b, "compat = 'comformer' needs periodicity in three directions; set pbc, or drop compat");
     }
   }
   NeighborOptions options;

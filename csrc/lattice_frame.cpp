@@ -11,8 +11,8 @@
 namespace mgt {
 namespace {
 
-constexpr double kTie = 1e-4;           // cosines, and lengths in units of the shortest, that count as equal
-constexpr double kSignatureTie = 1e-12; // relative difference of signatures that counts as none
+constexpr double kTie = 1e-4;            // cosines, and lengths in units of the shortest, that count as equal
+constexpr double kSignatureTie = 1e-12;  // relative difference of signatures that counts as none
 
 using Basis = std::array<int, 3>;  // rows of a frame, as indices into the list of vectors
 
@@ -29,7 +29,8 @@ Candidates shortest_bases(const PrimitiveLattice& lattice, const Mat3& cell, con
   for (int a = 0; a < lattice.periodic; ++a) length[a] = norm(lattice.basis.row[a]);
 
   // Vectors of a reduced basis's lengths have coefficients of -1, 0, 1; one more allows for the tolerance.
-  const int most[3] = {lattice.periodic > 0 ? 2 : 0, lattice.periodic > 1 ? 2 : 0, lattice.periodic > 2 ? 2 : 0};
+  const int most[3] = {lattice.periodic > 0 ? 2 : 0, lattice.periodic > 1 ? 2 : 0,
+                       lattice.periodic > 2 ? 2 : 0};
   for (int x = -most[0]; x <= most[0]; ++x) {
     for (int y = -most[1]; y <= most[1]; ++y) {
       for (int z = -most[2]; z <= most[2]; ++z) {
@@ -98,8 +99,12 @@ void keep_preferred_angles(Candidates& found) {
 }
 
 // Weights by element, without pattern and different for the two ends of an edge.
-double start_weight(std::int64_t number) { return 0.5 + std::fmod(0.6180339887 * static_cast<double>(number), 1.0); }
-double end_weight(std::int64_t number) { return 0.5 + std::fmod(0.7548776662 * static_cast<double>(number), 1.0); }
+double start_weight(std::int64_t number) {
+  return 0.5 + std::fmod(0.6180339887 * static_cast<double>(number), 1.0);
+}
+double end_weight(std::int64_t number) {
+  return 0.5 + std::fmod(0.7548776662 * static_cast<double>(number), 1.0);
+}
 
 // A generic polynomial of the cosine to each L_m. Their product over m has no symmetry of its own.
 double profile(int m, double c) {
@@ -113,7 +118,8 @@ double profile(int m, double c) {
 // atoms, each weighted by the elements, the length of the edge and its angles to the basis, then the mean
 // square over atoms. Equal for two bases if a symmetry of the crystal takes one into the other; messages, not
 // a sum over edges alone, so that it matters which edges meet at an atom.
-std::vector<double> signatures(const Crystals& crystals, std::int64_t b, const Motif& motif, const Candidates& found) {
+std::vector<double> signatures(const Crystals& crystals, std::int64_t b, const Motif& motif,
+                               const Candidates& found) {
   constexpr double kDecay = 3.0;  // Å
   const std::int64_t first = crystals.first_atom(b), n_atoms = crystals.num_atoms(b);
   const std::size_t n_vectors = found.vectors.size(), n_bases = found.bases.size();
@@ -170,7 +176,8 @@ Mat3 lattice_frame(const Crystals& crystals, std::int64_t b, const Motif& motif)
 
 std::vector<Mat3> lattice_frames(const Crystals& crystals, const Motif& motif, int threads) {
   std::vector<Mat3> frames(crystals.count);
-  for_each_crystal(crystals.count, threads, [&](std::int64_t b) { frames[b] = lattice_frame(crystals, b, motif); });
+  for_each_crystal(crystals.count, threads,
+                   [&](std::int64_t b) { frames[b] = lattice_frame(crystals, b, motif); });
   return frames;
 }
 

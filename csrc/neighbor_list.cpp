@@ -2,8 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
-#include <memory>
 #include <sstream>
 
 #include "cell_reduction.hpp"
@@ -13,10 +11,10 @@
 namespace mgt {
 namespace {
 
-constexpr std::int64_t kImageSearchAtoms = 128;  // cells with more atoms are searched through bins
-constexpr double kMaxImages = 4e6;               // translations looked through
-constexpr double kMaxNeighbors = 1e6;            // expected neighbours of one atom
-constexpr double kMaxEdges = 1e9;                // expected edges of one crystal
+constexpr std::int64_t kImageSearchAtoms = 64;  // cells with more atoms are searched through bins
+constexpr double kMaxImages = 4e6;              // translations looked through
+constexpr double kMaxNeighbors = 1e6;           // expected neighbours of one atom
+constexpr double kMaxEdges = 1e9;               // expected edges of one crystal
 constexpr double kPi = 3.14159265358979323846;
 
 // One crystal, ready to be searched.
@@ -45,9 +43,9 @@ void check_size(const Prepared& crystal, std::int64_t b, double radius, const ch
   if (neighbors <= kMaxNeighbors && edges <= kMaxEdges && images <= kMaxImages) return;
   std::ostringstream message;
   message.precision(3);
-  message << "too many images: within " << radius << " Å an atom has about " << neighbors << " neighbours (allowed "
-          << kMaxNeighbors << "; " << kMaxEdges << " a crystal) in " << images << " images of the cell (allowed "
-          << kMaxImages << "); " << remedy;
+  message << "too many images: within " << radius << " Å an atom has about " << neighbors
+          << " neighbours (allowed " << kMaxNeighbors << "; " << kMaxEdges << " a crystal) in " << images
+          << " images of the cell (allowed " << kMaxImages << "); " << remedy;
   throw CrystalError(b, message.str());
 }
 
@@ -57,8 +55,8 @@ Prepared prepare(const Crystals& crystals, std::int64_t b, const NeighborOptions
   const std::int64_t others = crystals.num_atoms(b) - 1;
   if (options.cutoff == 0 && crystal.cell.periodic == 0 && others < options.max_neighbors) {
     throw CrystalError(b, "without periodicity an atom has only " + std::to_string(others) +
-                              " neighbours, fewer than max_neighbors = " + std::to_string(options.max_neighbors) +
-                              "; lower max_neighbors or set pbc");
+                              " neighbours, fewer than max_neighbors = " +
+                              std::to_string(options.max_neighbors) + "; lower max_neighbors or set pbc");
   }
   crystal.atoms = wrap_atoms(crystals, b, crystal.cell);
   if (options.cutoff > 0) {
@@ -90,12 +88,12 @@ std::vector<double> shell_limits(const Prepared& crystal, std::int64_t b, const 
                                  std::vector<double>& margin) {
   const std::size_t n_atoms = crystal.atoms.position.size();
   const auto k = static_cast<std::size_t>(options.max_neighbors);
-  const double stretch = 1.0 + options.shell_tolerance;
+  const double stretch = 1.0 + options.shell_tolerance, see_margin = 1.0 + 2.0 * options.shell_tolerance;
   const double ignored = options.ignore_below * options.ignore_below;
   std::vector<double> limits(n_atoms), reach(n_atoms), squared;
   std::vector<std::int64_t> waiting(n_atoms);
   for (std::size_t i = 0; i < n_atoms; ++i) waiting[i] = static_cast<std::int64_t>(i);
-  margin.assign(options.shell_margin ? n_atoms : 0, std::numeric_limits<double>::infinity());
+  margin.resize(options.shell_margin ? n_atoms : 0);
 
   for (double radius = crystal.radius; !waiting.empty(); radius *= 1.25) {
     check_size(crystal, b, radius, "lower max_neighbors, or check that the cell is in Å");
@@ -115,13 +113,14 @@ std::vector<double> shell_limits(const Prepared& crystal, std::int64_t b, const 
         const double kth = squared[k - 1];
         limits[i] = kth * stretch * stretch;
         if (!options.shell_margin) continue;
-        const bool all = crystal.cell.periodic == 0 && squared.size() + 1 == n_atoms;
-        bool beyond = all;
+        if (kth * see_margin * see_margin > radius * radius) {
+          unfinished.push_back(i);
+          continue;
+        }
+        margin[i] = options.shell_tolerance;
         for (const double d2 : squared) {
-          beyond = beyond || d2 > limits[i];
           margin[i] = std::min(margin[i], std::fabs(std::sqrt(d2 / kth) - stretch));
         }
-        if (!beyond) unfinished.push_back(i);
       }
     });
     waiting.swap(unfinished);
@@ -174,7 +173,8 @@ CrystalEdges collect(const Prepared& crystal, std::int64_t b, const NeighborOpti
   return edges;
 }
 
-NeighborList concatenate(const Crystals& crystals, std::vector<CrystalEdges>& parts, const NeighborOptions& options) {
+NeighborList concatenate(const Crystals& crystals, std::vector<CrystalEdges>& parts,
+                         const NeighborOptions& options) {
   std::vector<std::int64_t> first_edge(crystals.count + 1, 0);
   for (std::int64_t b = 0; b < crystals.count; ++b) {
     first_edge[b + 1] = first_edge[b] + static_cast<std::int64_t>(parts[b].target.size());
@@ -199,7 +199,8 @@ NeighborList concatenate(const Crystals& crystals, std::vector<CrystalEdges>& pa
     }
     std::copy(part.vector.begin(), part.vector.end(), list.edge_vec.begin() + edge0);
     std::copy(part.shift.begin(), part.shift.end(), list.cell_shift.begin() + edge0);
-    std::copy(part.margin.begin(), part.margin.end(), list.shell_margin.begin() + (options.shell_margin ? atom0 : 0));
+    std::copy(part.margin.begin(), part.margin.end(),
+              list.shell_margin.begin() + (options.shell_margin ? atom0 : 0));
     part = {};
   });
   return list;

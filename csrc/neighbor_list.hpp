@@ -33,12 +33,12 @@ struct NeighborList {
   // (2, E): row 0 is the atom an edge starts from, row 1 the one it points to; numbered through the batch.
   // Edges are sorted by (row 0, row 1, S).
   std::vector<std::int64_t> edge_index;
-  std::vector<Vec3> edge_vec;          // (E) r_ij, Å
-  std::vector<Int3> cell_shift;        // (E) S
-  std::vector<std::int64_t> row_ptr;   // (N + 1) first edge of each atom, and E at the end
-  // (N) smallest |d / d_k - (1 + shell_tolerance)| over the neighbours of an atom, itself relative: an atom
-  // whose margin is below the noise of its coordinates may gain or lose a shell. Infinite where only a
-  // molecule's own atoms exist and all lie inside. Empty unless asked for.
+  std::vector<Vec3> edge_vec;         // (E) r_ij, Å
+  std::vector<Int3> cell_shift;       // (E) S
+  std::vector<std::int64_t> row_ptr;  // (N + 1) first edge of each atom, and E at the end
+  // (N) smallest |d / d_k - (1 + shell_tolerance)| over the neighbours of an atom: an atom whose margin is
+  // below the relative noise of its distances may gain or lose a shell. At most shell_tolerance, which the
+  // k-th neighbour itself is away. Empty unless asked for.
   std::vector<double> shell_margin;
 };
 

@@ -72,7 +72,8 @@ ImageSearch::ImageSearch(const ReducedCell& cell, const WrappedAtoms& atoms, dou
     for (std::int32_t b = -most[1]; b <= most[1]; ++b) {
       for (std::int32_t c = -most[2]; c <= most[2]; ++c) {
         const Vec3 vector = combine(Vec3{double(a), double(b), double(c)}, cell.basis);
-        if (dot(vector, vector) <= length * length) images.push_back({combine({a, b, c}, cell.to_given), vector});
+        if (dot(vector, vector) <= length * length)
+          images.push_back({combine({a, b, c}, cell.to_given), vector});
       }
     }
   }
@@ -88,7 +89,8 @@ ImageSearch::ImageSearch(const ReducedCell& cell, const WrappedAtoms& atoms, dou
 ImageSearch::Pair ImageSearch::nearest_image(std::int64_t i, std::int64_t j) const {
   const Vec3 vector = atoms_.position[j] - atoms_.position[i];
   const Vec3 u = combine(vector, cell_.inverse);
-  const Vec3 steps = {cell_.periodic > 0 ? std::nearbyint(u.x) : 0, cell_.periodic > 1 ? std::nearbyint(u.y) : 0,
+  const Vec3 steps = {cell_.periodic > 0 ? std::nearbyint(u.x) : 0,
+                      cell_.periodic > 1 ? std::nearbyint(u.y) : 0,
                       cell_.periodic > 2 ? std::nearbyint(u.z) : 0};
   const Int3 whole = {static_cast<std::int32_t>(steps.x), static_cast<std::int32_t>(steps.y),
                       static_cast<std::int32_t>(steps.z)};

@@ -97,8 +97,8 @@ class BinSearch {
           if (!wrap(bin, image)) continue;
           const std::int64_t index = flat(bin), begin = start_[index], count = start_[index + 1] - begin;
           const Vec3 offset = combine(Vec3{double(image.x), double(image.y), double(image.z)}, cell_.basis);
-          squared_distances(count, points_.x.data() + begin, points_.y.data() + begin, points_.z.data() + begin,
-                            centre, offset, squared_.data());
+          squared_distances(count, points_.x.data() + begin, points_.y.data() + begin,
+                            points_.z.data() + begin, centre, offset, squared_.data());
           for (std::int64_t m = 0; m < count; ++m) {
             const std::int64_t j = atom_[begin + m];
             if (squared_[m] > (limit[i] > limit[j] ? limit[i] : limit[j])) continue;

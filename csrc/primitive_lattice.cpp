@@ -190,8 +190,9 @@ PrimitiveLattice primitive_lattice(const Crystals& crystals, std::int64_t b, con
     const double components[3] = {shift.x, shift.y, shift.z};
     Fraction fraction;
     for (int a = 0; a < 3; ++a) fraction.n[a] = pbc[a] ? std::llround(scale * components[a]) % order : 0;
-    const Vec3 snapped = (1 / scale) * Vec3{static_cast<double>(fraction.n[0]), static_cast<double>(fraction.n[1]),
-                                            static_cast<double>(fraction.n[2])};
+    const Vec3 snapped =
+        (1 / scale) * Vec3{static_cast<double>(fraction.n[0]), static_cast<double>(fraction.n[1]),
+                           static_cast<double>(fraction.n[2])};
     if (places.distance(shift, snapped) > kSamePlace || fractions.contains(fraction)) continue;
     if (places.symmetric(snapped)) fractions.add(fraction);
   }

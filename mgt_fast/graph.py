@@ -81,9 +81,10 @@ class NeighborList:
         cell_shift: lattice translation of the atom pointed to, (E, 3) int32; it refers to the positions as
             given, inside the cell or not, and is zero along axes that are not periodic.
         row_ptr: first edge of each atom (CSR over row 0) and E at the end, (N + 1,) int64.
-        shell_margin: (N,) float64, on request: smallest |d / d_k − (1 + shell_tolerance)| over the distances
-            d from an atom, d_k that of its k-th neighbour. An atom whose margin is below the relative noise of
-            the coordinates may gain or lose a shell. Infinite where a molecule has no other atom.
+        shell_margin: (N,) float64, on request: smallest |d / d_k − (1 + shell_tolerance)| over the
+            distances d from an atom, d_k that of its k-th neighbour. An atom whose margin is below the
+            relative noise of its distances may gain or lose a shell. At most shell_tolerance, which the k-th
+            neighbour itself is away.
     """
 
     edge_index: torch.Tensor
@@ -105,9 +106,9 @@ def neighbor_list(
 ) -> NeighborList:
     """Find the neighbours of every atom, periodic images among them.
 
-    With `cutoff`: all pairs with 0 < d <= cutoff. With `max_neighbors` = k: each atom keeps all neighbours with
-    d <= d_k (1 + shell_tolerance), d_k the distance of its k-th, so that shells of equal distances stay whole;
-    then each edge is joined by its reverse, each once: an edge is listed if either of its ends keeps it.
+    With `cutoff`: all pairs with 0 < d <= cutoff. With `max_neighbors` = k: each atom keeps all neighbours
+    with d <= d_k (1 + shell_tolerance), d_k the distance of its k-th, so that shells of equal distances stay
+    whole; then each edge is joined by its reverse, each once: it is listed if either of its ends keeps it.
 
     Args:
         crystals: B crystals on the CPU; atoms may lie outside the cell, cells may be skewed.
@@ -121,8 +122,8 @@ def neighbor_list(
 
     Raises:
         ValueError: for wrong arguments, and, naming the structure, the atom and the value, for non-finite
-            numbers, a cell volume below 1e-3 Å^3, atoms closer than 0.01 Å (to each other or to an own image),
-            too few atoms for k without periodicity, or a search too large to be meant (over 10^6
+            numbers, a cell volume below 1e-3 Å^3, atoms closer than 0.01 Å (to each other or to an own
+            image), too few atoms for k without periodicity, or a search too large to be meant (over 10^6
             expected neighbours an atom, 10^9 edges or 4·10^6 images a crystal).
     """
     if (cutoff is None) == (max_neighbors is None):

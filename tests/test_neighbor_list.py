@@ -1,0 +1,328 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from crystals import Crystal, batch_of, described_anew, prototype_structures, prototypes, supercell
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from mgt_fast import CrystalBatch, neighbor_list
+
+CUBIC = Crystal(np.array([84]), np.zeros((1, 3)), 3.0 * np.eye(3))
+
+
+def all_pairs(crystal, cutoff, pbc=(True, True, True)):
+    """Oracle: (i, j, S, vector) of all pairs within the cutoff, by trying every image in the given cell."""
+    frac, cell = crystal.frac, crystal.cell
+    # Along axis a the fractional coordinate changes by at most cutoff * |dual_a|.
+    reach = cutoff * np.linalg.norm(np.linalg.inv(cell), axis=0) + np.ptp(frac, axis=0)
+    ranges = [range(-math.floor(r), math.floor(r) + 1) if p else [0] for r, p in zip(reach, pbc, strict=True)]
+    images = np.array(list(itertools.product(*ranges)))
+    vectors = (frac[None, :, None] - frac[:, None, None] + images) @ cell
+    distances = np.linalg.norm(vectors, axis=-1)
+    found = distances <= cutoff
+    found[np.arange(len(frac)), np.arange(len(frac)), np.flatnonzero(~images.any(1))[0]] = False
+    i, j, s = np.nonzero(found)  # sorted by i, j, then image: images are in lexicographic order
+    return i, j, images[s], vectors[i, j, s]
+
+
+def whole_shells(crystal, k, tolerance=1e-4, pbc=(True, True, True)):
+    """Oracle of the k-nearest mode."""
+    n_atoms, cutoff = len(crystal.frac), 1.0
+    while True:
+        i, j, shift, vectors = all_pairs(crystal, cutoff, pbc)
+        distances = np.linalg.norm(vectors, axis=1)
+        if min(np.count_nonzero(i == a) for a in range(n_atoms)) >= k:
+            radius = [np.sort(distances[i == a])[k - 1] * (1 + tolerance) for a in range(n_atoms)]
+            if max(radius) < cutoff:
+                break
+        cutoff *= 1.5
+    keep = distances <= np.maximum(np.take(radius, i), np.take(radius, j))
+    return i[keep], j[keep], shift[keep], vectors[keep]
+
+
+def assert_equal(neighbors, expected):
+    i, j, shift, vectors = expected
+    np.testing.assert_array_equal(neighbors.edge_index.numpy(), np.stack([i, j]))
+    np.testing.assert_array_equal(neighbors.cell_shift.numpy(), shift)
+    np.testing.assert_allclose(neighbors.edge_vec.numpy(), vectors, rtol=0, atol=1e-8)
+    counts = np.bincount(i, minlength=len(neighbors.row_ptr) - 1)
+    np.testing.assert_array_equal(neighbors.row_ptr.numpy(), np.concatenate([[0], np.cumsum(counts)]))
+
+
+@st.composite
+def crystals(draw, max_atoms=4):
+    """Cells of aspect up to 100, skewed or not, with atoms up to two cells outside."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    lengths = 2.0 * np.array(draw(st.tuples(*[st.floats(1, 100)] * 3))) ** draw(st.sampled_from([0.2, 1.0]))
+    cell = np.diag(lengths) + np.tril(rng.uniform(-1, 1, (3, 3)) * draw(st.sampled_from([0, 1, 6])), -1)
+    n_atoms = draw(st.integers(1, max_atoms))
+    frac = rng.uniform(-2, 3, (n_atoms, 3))
+    if draw(st.booleans()):
+        frac = np.round(frac * 4) / 4  # special positions, equal distances
+    return Crystal(rng.integers(1, 90, n_atoms), frac, cell)
+
+
+@settings(max_examples=150, deadline=None)
+@given(crystals(), st.floats(0.5, 9.0), st.tuples(st.booleans(), st.booleans(), st.booleans()), st.booleans())
+def test_radius_mode_finds_what_trying_all_images_finds(crystal, cutoff, pbc, half):
+    expected = all_pairs(crystal, cutoff, pbc)
+    close = all_pairs(crystal, 0.02, pbc)[0]
+    on_the_edge = len(all_pairs(crystal, cutoff + 1e-9, pbc)[0]) - len(
+        all_pairs(crystal, cutoff - 1e-9, pbc)[0]
+    )
+    assume(not len(close) and not on_the_edge)
+    if half:
+        i, j, shift, vectors = expected
+        keep = [a < b or (a == b and tuple(s) > (0, 0, 0)) for a, b, s in zip(i, j, shift, strict=True)]
+        expected = i[keep], j[keep], shift[keep], vectors[keep]
+    assert_equal(neighbor_list(batch_of(crystal, pbc=pbc), cutoff=cutoff, half=half), expected)
+
+
+@settings(max_examples=100, deadline=None)
+@given(crystals(), st.integers(1, 30))
+def test_nearest_mode_finds_what_trying_all_images_finds(crystal, k):
+    assume(not len(all_pairs(crystal, 0.02)[0]))
+    expected = whole_shells(crystal, k)
+    assume(len(expected[0]) == len(whole_shells(crystal, k, tolerance=1.01e-4)[0]))
+    assert_equal(neighbor_list(batch_of(crystal), max_neighbors=k), expected)
+
+
+@pytest.mark.parametrize(
+    "pbc", [(True, True, True), (True, True, False), (False, True, False), (False, False, False)]
+)
+def test_large_cells_are_searched_through_bins(pbc):
+    rng = np.random.default_rng(0)
+    cell = np.array([[9.0, 0, 0], [4.0, 11.0, 0], [-7.0, 3.0, 8.0]])
+    grid = np.stack(np.meshgrid(*[np.arange(5)] * 3), -1).reshape(-1, 3)[:70]
+    crystal = Crystal(
+        np.full(70, 6), (grid + rng.uniform(0, 0.6, (70, 3))) / 5 + rng.integers(0, 2, (70, 3)), cell
+    )
+    if not all(pbc):
+        crystal = crystal._replace(frac=crystal.frac % 1)
+    batch = batch_of(crystal, pbc=pbc)
+    for cutoff in (1.0, 4.0, 9.0):  # bins narrower and wider than the cell
+        assert_equal(neighbor_list(batch, cutoff=cutoff), all_pairs(crystal, cutoff, pbc))
+    assert_equal(neighbor_list(batch, max_neighbors=12), whole_shells(crystal, 12, pbc=pbc))
+
+
+def test_ten_thousand_atoms():
+    silicon = Crystal(
+        np.full(8, 14),
+        np.concatenate(
+            [
+                np.array([[0, 0, 0], [0, 2, 2], [2, 0, 2], [2, 2, 0]]),
+                np.array([[1, 1, 1], [1, 3, 3], [3, 1, 3], [3, 3, 1]]),
+            ]
+        )
+        / 4,
+        5.43 * np.eye(3),
+    )
+    neighbors = neighbor_list(batch_of(supercell(silicon, (11, 11, 11))), max_neighbors=16)
+    assert neighbors.row_ptr.diff().unique().tolist() == [16]  # 4 + 12: two whole shells
+
+
+@pytest.mark.parametrize("cutoff", [3.0, 7.0])
+def test_agrees_with_pymatgen_on_real_structures(cutoff):
+    structures = [s for s in prototype_structures() if len(s) <= 40][::3]
+    neighbors = neighbor_list(CrystalBatch.from_structures(structures), cutoff=cutoff)
+    distances = np.linalg.norm(neighbors.edge_vec.numpy(), axis=1)
+    atom = 0
+    for structure in structures:
+        i, j, shift, d = structure.get_neighbor_list(cutoff)
+        order = np.lexsort((*shift.T[::-1], j, i))
+        edges = slice(int(neighbors.row_ptr[atom]), int(neighbors.row_ptr[atom + len(structure)]))
+        np.testing.assert_array_equal(
+            neighbors.edge_index[:, edges].numpy() - atom, np.stack([i, j])[:, order]
+        )
+        np.testing.assert_array_equal(neighbors.cell_shift[edges].numpy(), shift[order])
+        np.testing.assert_allclose(distances[edges], d[order], atol=1e-8)
+        atom += len(structure)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_shell_right_on_the_cutoff_counts(half):
+    share = 2 if half else 1
+    assert neighbor_list(batch_of(CUBIC), cutoff=3.0, half=half).edge_vec.shape[0] == 6 // share
+    assert neighbor_list(batch_of(CUBIC), cutoff=math.nextafter(3.0, 0), half=half).edge_vec.shape[0] == 0
+
+
+def test_shells_stay_whole_under_noise():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        noisy = CUBIC._replace(cell=CUBIC.cell + 1e-5 * rng.normal(size=(3, 3)))
+        for k, shell in ((1, 6), (6, 6), (7, 18), (25, 26)):
+            assert neighbor_list(batch_of(noisy), max_neighbors=k).edge_vec.shape[0] == shell
+
+
+def test_every_edge_has_its_reverse_once_and_exactly_opposite():
+    for crystals_of_a_kind in (
+        [c for _, c in prototypes(30)],
+        [c for _, c in prototypes() if len(c.frac) > 64],
+    ):
+        found = neighbor_list(batch_of(*crystals_of_a_kind), max_neighbors=12)
+        i, j = found.edge_index.numpy()
+        shift, vectors = found.cell_shift.numpy(), found.edge_vec.numpy()
+        forward = np.lexsort((*shift.T[::-1], j, i))
+        np.testing.assert_array_equal(forward, np.arange(len(i)))
+        backward = np.lexsort((*-shift.T[::-1], i, j))
+        np.testing.assert_array_equal(np.stack([j, i])[:, backward], np.stack([i, j]))
+        np.testing.assert_array_equal(-shift[backward], shift)
+        np.testing.assert_array_equal(-vectors[backward], vectors)
+        edges = np.column_stack([i, j, shift])
+        assert (edges[1:] != edges[:-1]).any(1).all()
+
+
+def test_vectors_follow_from_indices_and_shifts():
+    rng = np.random.default_rng(1)
+    crystals = [described_anew(c, rng) for _, c in prototypes(20)]
+    batch = batch_of(*crystals)
+    found = neighbor_list(batch, max_neighbors=8)
+    crystal = torch.repeat_interleave(torch.arange(len(batch)), batch.num_atoms)
+    positions = torch.einsum("na,nab->nb", batch.frac_coords, batch.cell[crystal])
+    i, j = found.edge_index
+    shifts = torch.einsum("ea,eab->eb", found.cell_shift.double(), batch.cell[crystal[i]])
+    torch.testing.assert_close(found.edge_vec, positions[j] - positions[i] + shifts, rtol=0, atol=1e-9)
+
+
+def test_other_descriptions_have_the_same_distances():
+    rng = np.random.default_rng(2)
+    for _, crystal in prototypes(12):
+        same = [crystal, described_anew(crystal, rng), described_anew(supercell(crystal, (2, 1, 1)), rng)]
+        for mode in ({"cutoff": 5.0 + rng.random()}, {"max_neighbors": 25}):
+            found = neighbor_list(batch_of(*same), **mode)
+            first = np.cumsum([0] + [len(c.frac) for c in same])
+            d = [
+                np.sort(np.linalg.norm(found.edge_vec[found.row_ptr[a] : found.row_ptr[b]].numpy(), axis=1))
+                for a, b in itertools.pairwise(first)
+            ]
+            np.testing.assert_allclose(d[1], d[0], atol=1e-9)
+            np.testing.assert_allclose(d[2], np.repeat(d[0], 2), atol=1e-9)
+
+
+def test_very_skewed_cells_take_no_longer_to_search():
+    skewed = CUBIC._replace(cell=np.array([[1, 0, 0], [100, 1, 0], [-70, 150, 1]]) @ CUBIC.cell)
+    found = neighbor_list(batch_of(skewed), cutoff=3.0)
+    assert found.edge_vec.shape[0] == 6
+    np.testing.assert_allclose(found.cell_shift.double().numpy() @ skewed.cell, found.edge_vec, atol=1e-9)
+
+
+def test_a_molecule_has_no_images():
+    water = Crystal(
+        np.array([8, 1, 1]), np.array([[0, 0, 0], [0.76, 0.59, 0], [-0.76, 0.59, 0]]) / 4.0, 4.0 * np.eye(3)
+    )
+    found = neighbor_list(batch_of(water, pbc=[False] * 3), cutoff=100.0)
+    assert found.edge_index.T.tolist() == [[0, 1], [0, 2], [1, 0], [1, 2], [2, 0], [2, 1]]
+    assert not found.cell_shift.any()
+    found = neighbor_list(batch_of(water, pbc=[False] * 3), max_neighbors=2, shell_margin=True)
+    assert found.edge_vec.shape[0] == 6
+    # No distance lies nearer the boundary than the k-th itself.
+    np.testing.assert_allclose(found.shell_margin, 1e-4, rtol=1e-6)
+
+
+def test_shell_margin_is_the_distance_of_the_nearest_shell_from_the_boundary():
+    # Neighbours at 3 (along a), 3 (1 + 1.7e-4) (along b) and 3 (1 + 5e-4).
+    cell = np.diag([3.0, 3.0 * (1 + 1.7e-4), 3.0 * (1 + 5e-4)])
+    found = neighbor_list(batch_of(CUBIC._replace(cell=cell)), max_neighbors=1, shell_margin=True)
+    assert found.edge_vec.shape[0] == 2
+    np.testing.assert_allclose(found.shell_margin, 0.7e-4, rtol=1e-6)
+    assert neighbor_list(batch_of(CUBIC), max_neighbors=1).shell_margin is None
+    # The next shell is far outside: only the k-th distance itself is near the boundary.
+    far = neighbor_list(batch_of(CUBIC), max_neighbors=6, shell_margin=True)
+    np.testing.assert_allclose(far.shell_margin, 1e-4, rtol=1e-6)
+
+
+def test_the_result_does_not_depend_on_threads():
+    batch = batch_of(*[c for _, c in prototypes(40)])
+    for mode in ({"cutoff": 5.0}, {"max_neighbors": 25, "shell_margin": True}):
+        one, many = (neighbor_list(batch, threads=n, **mode) for n in (1, 7))
+        for name, value in vars(one).items():
+            assert (value is None and getattr(many, name) is None) or torch.equal(value, getattr(many, name))
+
+
+def test_no_crystals_have_no_neighbours():
+    empty = CrystalBatch.from_arrays([], np.zeros((0, 3)), np.zeros((0, 3, 3)), [])
+    found = neighbor_list(empty, cutoff=5.0)
+    assert found.edge_index.shape == (2, 0)
+    assert found.row_ptr.tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "exactly one"),
+        ({"cutoff": 5.0, "max_neighbors": 12}, "exactly one"),
+        ({"cutoff": 0.0}, "cutoff = 0.0 Å; it must be positive and finite"),
+        ({"cutoff": -1.0}, "cutoff = -1.0"),
+        ({"cutoff": math.inf}, "cutoff = inf"),
+        ({"cutoff": math.nan}, "cutoff = nan"),
+        ({"max_neighbors": 0}, "max_neighbors = 0; it must be at least 1"),
+        ({"max_neighbors": 12, "shell_tolerance": -1e-4}, "shell_tolerance = -0.0001"),
+        ({"max_neighbors": 12, "shell_tolerance": math.nan}, "shell_tolerance = nan"),
+        ({"cutoff": 5.0, "shell_margin": True}, "shell_margin needs max_neighbors"),
+        ({"cutoff": 5.0, "threads": 0}, "threads = 0"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        neighbor_list(batch_of(CUBIC), **arguments)
+
+
+def with_cell(cell):
+    return CUBIC._replace(cell=np.array(cell, dtype=float))
+
+
+def with_frac(*frac):
+    return Crystal(np.full(len(frac), 84), np.array(frac, dtype=float), 3.0 * np.eye(3))
+
+
+FAULTS = {
+    "nan cell": (with_cell(np.diag([3, np.nan, 3])), "component 1 of lattice vector b is nan"),
+    "infinite cell": (with_cell(np.diag([3, 3, np.inf])), "component 2 of lattice vector c is inf"),
+    "nan position": (
+        with_frac([0, 0, 0], [0.5, np.nan, 0]),
+        "atom 1: fractional coordinate b is nan; give a finite number",
+    ),
+    "far position": (with_frac([0, 0, 1e9]), r"atom 0: fractional coordinate c is 1e\+09; wrap"),
+    "no volume": (with_cell([[3, 0, 0], [0, 3, 0], [3, 3, 0]]), r"volume of 0 Å\^3, \(nearly\) zero"),
+    "flat": (with_cell(np.diag([10, 10, 1e-11])), r"volume of 1e-09 Å\^3, \(nearly\) zero"),
+    "tiny": (with_cell(1e-3 * np.eye(3)), r"volume of 1e-09 Å\^3, \(nearly\) zero"),
+    "huge": (with_cell(1e200 * np.eye(3)), "volume of the cell overflows"),
+    "needle": (with_cell(np.diag([1e8, 1, 1])), "less skewed cell"),
+    "own image": (with_cell(np.diag([10, 30, 0.005])), "each atom is 0.005 Å from its own image"),
+    "coincident": (
+        with_frac([0.5, 0, 0], [0.1, 0.2, 0.3], [2.1, 0.2, -0.699]),
+        "atom 1 and atom 2 are 0.003 Å apart .* remove one",
+    ),
+}
+
+
+@pytest.mark.parametrize("mode", [{"cutoff": 5.0}, {"max_neighbors": 12}], ids=["cutoff", "max_neighbors"])
+@pytest.mark.parametrize(("crystal", "message"), FAULTS.values(), ids=FAULTS)
+def test_crystals_at_fault_are_named(crystal, message, mode):
+    good = batch_of(CUBIC)
+    batch = batch_of(CUBIC, crystal, crystal)
+    batch = CrystalBatch(**{**vars(batch), "ids": ("first", "second", "third")})
+    assert neighbor_list(good, **mode).edge_vec.shape[0] > 0
+    with pytest.raises(ValueError, match=f"structure 'second': .*{message}"):
+        neighbor_list(batch, threads=3, **mode)
+
+
+def test_searches_too_large_to_be_meant_are_refused_at_once():
+    with pytest.raises(
+        ValueError, match=r"structure '0': too many images: within 1e\+03 Å .* lower the cutoff"
+    ):
+        neighbor_list(batch_of(CUBIC), cutoff=1000.0)
+    with pytest.raises(ValueError, match=r"too many images: .* lower max_neighbors"):
+        neighbor_list(batch_of(CUBIC), max_neighbors=10**9)
+
+
+def test_too_few_atoms_without_periodicity():
+    pair = with_frac([0, 0, 0], [0.4, 0, 0])
+    with pytest.raises(
+        ValueError, match="only 1 neighbours, fewer than max_neighbors = 2; lower max_neighbors"
+    ):
+        neighbor_list(batch_of(pair, pbc=[False] * 3), max_neighbors=2)
+    assert neighbor_list(batch_of(pair, pbc=[False, False, True]), max_neighbors=2).edge_vec.shape[0] > 0
