@@ -40,6 +40,10 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what
 ModelOption = Annotated[Path, typer.Option("--model", "-m", help="Checkpoint file, or a run folder's best.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Crystals at a time.")]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option("--workers", "-j", min=1, help="Processes that read files; one a core when absent."),
+]
 
 
 @app.callback()
@@ -63,8 +67,75 @@ def _reported_errors() -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
+def _pairs(texts: list[str] | None, option: str) -> dict[str, str]:
+    """Turn ["a=b", ...] into {"a": "b", ...}."""
+    pairs = [text.partition("=") for text in texts or ()]
+    for key, equals, value in pairs:
+        if not (key and equals and value):
+            raise ValueError(f"{option} {key}{equals}{value}: expected NAME=VALUE")
+    return {key: value for key, _, value in pairs}
+
+
 def _run_folder(folder: Path | None, command: str) -> Path:
     return folder or Path("runs") / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+@app.command()
+def prepare(
+    inputs: Annotated[
+        list[Path], typer.Argument(help="Files, folders and archives; formats are recognised.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Dataset folder to make.")],
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--target", "-t", help="Column to store, or COLUMN=NAME; repeatable. All numbers when absent."
+        ),
+    ] = None,
+    unit: Annotated[
+        list[str] | None,
+        typer.Option("--unit", "-u", metavar="NAME=UNIT", help="Unit of a target; repeatable."),
+    ] = None,
+    require_target: Annotated[
+        str, typer.Option(help="Reject a record that lacks any (has none), all (lacks one) or none.")
+    ] = "any",
+    labels: Annotated[
+        Path | None, typer.Option(help="id_prop.csv with the targets of CIF or POSCAR files.")
+    ] = None,
+    split_file: Annotated[
+        Path | None,
+        typer.Option(help="Parts: JSON {train: ids, val: ids, test: ids}, or csv with id, split."),
+    ] = None,
+    format_: Annotated[
+        str | None, typer.Option("--format", help="Format of all files, not recognised.")
+    ] = None,
+    workers: WorkersOption = None,
+    shard_size: Annotated[int | None, typer.Option(min=1, help="Crystals a shard.")] = None,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Read crystals in many formats into one dataset; every record is stored or listed in rejects.csv."""
+    with _reported_errors():
+        from .data import prepare as run
+        from .data.store import DEFAULT_SHARD_SIZE
+
+        targets = [text.partition("=") for text in target or ()]
+        summary = run(
+            inputs,
+            output,
+            targets={key: name or key for key, _, name in targets} or None,
+            units=_pairs(unit, "--unit"),
+            require_target=require_target,
+            labels=labels,
+            split_file=split_file,
+            format=format_,
+            workers=workers,
+            shard_size=shard_size or DEFAULT_SHARD_SIZE,
+            overwrite=overwrite,
+            console=err,
+        )
+        typer.echo(str(summary))
+        if not summary.stored:
+            raise ValueError(f"no crystal was stored; {output / 'rejects.csv'} says why")
 
 
 @app.command()
@@ -151,6 +222,45 @@ def evaluate(
             write_table(output, result.table.columns() | {"target": result.target})
 
 
+@app.command()
+def predict(
+    paths: Annotated[list[Path], typer.Argument(help="CIF files, folders, archives, or prepared datasets.")],
+    model: ModelOption,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Table to write, .csv or .parquet.")],
+    batch_size: BatchOption = 64,
+    workers: WorkersOption = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Predict crystals: id, prediction, and the router's contribution of each view.
+
+    What cannot be read or predicted is listed in <output name>.rejects.csv beside the table and counted on
+    stderr. The exit status is 1 only if nothing could be predicted at all.
+    """
+    with _reported_errors():
+        from dataclasses import asdict
+
+        from .checkpoint import load_model
+        from .inference import check_table_path, predict_paths, write_table
+        from .train.setup import resolve_device
+
+        rejects_path = check_table_path(output).with_suffix(".rejects.csv")
+        network = load_model(model, device=resolve_device(device))
+        table, rejects = predict_paths(network, paths, batch_size, workers, err)
+        rejects_path.unlink(missing_ok=True)
+        count = 0 if table is None else len(table)
+        if rejects:
+            rows = [asdict(reject) for reject in rejects]
+            write_table(rejects_path, {name: [row[name] for row in rows] for name in rows[0]})
+            typer.echo(
+                f"{len(rejects)} of {len(rejects) + count} crystals not predicted; see {rejects_path}",
+                err=True,
+            )
+        if table is None:
+            raise ValueError("nothing was predicted")
+        table.write(output)
+        typer.echo(f"{output}: {table.label} of {count} crystals")
+
+
 @app.command("import-checkpoint")
 def import_checkpoint(
     published: Annotated[Path, typer.Argument(help="The published program's .pt file.")],
@@ -198,3 +308,17 @@ def import_checkpoint(
         typer.echo(f"{output}: {network.config}")
         if ignored:
             typer.echo(f"ignored {len(ignored)} parameters that the network never uses: {', '.join(ignored)}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for runs and pictures.")] = Path(
+        "demo"
+    ),
+    set_: SetOption = None,
+) -> None:
+    """Pretrain, fine-tune and predict on the bundled crystals, with pictures, in about five minutes."""
+    with _reported_errors():
+        from .demo import run_demo
+
+        run_demo(output, out, set_ or ())

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from .checkpoint import load_checkpoint
 from .data import CrystalDataset
-from .inference import predict_structures
+from .inference import predict_paths
 from .model import MGT
 from .plots import plot_curves, plot_parity, plot_router
 from .structures import CrystalBatch
@@ -54,7 +54,7 @@ def run_demo(folder: str | Path, console: Console, overrides: Sequence[str] = ()
     )
     cif = folder / f"{dataset.ids[index]}.cif"
     write_cif(cif, dataset.gather([index]))
-    table, _ = predict_paths(model, [cif])
+    table, _ = predict_paths(model, [cif], workers=1)
     table.write(folder / "prediction.csv")
     share = (
         "" if table.contributions is None else f", {table.contributions[0, 1]:.0%} of it from the SO(3) view"

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
 import torch
+from rich.console import Console
 
 from .checkpoint import CheckpointMeta
+from .data import CrystalDataset, prepare
+from .data.store import MANIFEST
 from .graph import CrystalGraph, build_graph
 from .model import MGT
 from .structures import CrystalBatch
@@ -91,10 +99,6 @@ def check_table_path(path: str | Path) -> Path:
 
 def write_table(path: str | Path, columns: dict[str, np.ndarray]) -> None:
     """Write equally long columns as .csv or .parquet; the suffix decides."""
-    import pyarrow as pa
-    import pyarrow.csv
-    import pyarrow.parquet
-
     path = check_table_path(path)
     table = pa.table(columns)
     if path.suffix == ".csv":
@@ -103,8 +107,14 @@ def write_table(path: str | Path, columns: dict[str, np.ndarray]) -> None:
         pa.parquet.write_table(table, path)
 
 
-def model_meta(model: MGT) -> CheckpointMeta:
-    """Return a model's metadata; one that came from no checkpoint predicts what its output layer gives."""
+def prediction_meta(model: MGT) -> CheckpointMeta:
+    """Return a model's metadata; one that came from no checkpoint predicts what its output layer gives.
+
+    Raises:
+        ValueError: if the model is one for pretraining.
+    """
+    if model.config.task != "predict":
+        raise ValueError("this network was pretrained and predicts no property yet; fine-tune it first")
     return getattr(model, "meta", None) or CheckpointMeta(model=model.config)
 
 
@@ -120,9 +130,7 @@ def predict_graphs(model: MGT, graphs: Iterable[CrystalGraph]) -> PredictionTabl
         ValueError: if the network is one for pretraining, there is no crystal, or a prediction is not
             finite; the message names the crystals.
     """
-    meta = model_meta(model)
-    if meta.model.task != "predict":
-        raise ValueError("this network was pretrained and predicts no property yet; fine-tune it first")
+    meta = prediction_meta(model)
     was_training = model.training
     model.eval()
     try:
@@ -153,7 +161,7 @@ def _predict_graph(model: MGT, graph: CrystalGraph, meta: CheckpointMeta) -> Pre
 
 def predict_crystals(model: MGT, batches: Iterable[CrystalBatch]) -> PredictionTable:
     """Build the graphs the checkpoint prescribes and predict; see `predict_graphs`."""
-    meta = model_meta(model)
+    meta = prediction_meta(model)
     parameter = next(model.parameters())
 
     def graphs() -> Iterator[CrystalGraph]:
@@ -187,3 +195,84 @@ def predict_structures(
             for i in range(0, len(structures), batch_size)
         ),
     )
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A crystal that was not predicted: where it came from, and why not.
+
+    Attributes:
+        source: the file, or the dataset.
+        id: the crystal's name.
+        reason: a short code; those of reading are `data.prepare`'s, "no_prediction" is what comes after it.
+        value: what is at fault.
+        message: the same in words.
+    """
+
+    source: str
+    id: str
+    reason: str
+    value: str
+    message: str
+
+
+def predict_dataset(
+    model: MGT, dataset: CrystalDataset, batch_size: int = 64
+) -> tuple[PredictionTable | None, list[Reject]]:
+    """Predict every crystal of a dataset; one that cannot be predicted does not stop the others.
+
+    Returns:
+        The predictions in the dataset's order, None if there are none; and the crystals left out.
+    """
+    tables, rejects = [], []
+    for start in range(0, len(dataset), batch_size):
+        indices = np.arange(start, min(start + batch_size, len(dataset)))
+        try:
+            tables.append(predict_crystals(model, [dataset.gather(indices)]))
+        except ValueError:  # some crystal of this batch: find out which
+            for index in indices:
+                try:
+                    tables.append(predict_crystals(model, [dataset.gather([index])]))
+                except ValueError as error:
+                    name = dataset.ids[index]
+                    rejects.append(Reject(str(dataset.path), name, "no_prediction", name, str(error)))
+    return (PredictionTable.concatenate(tables) if tables else None), rejects
+
+
+def predict_paths(
+    model: MGT,
+    paths: Sequence[str | Path],
+    batch_size: int = 64,
+    workers: int | None = None,
+    console: Console | None = None,
+) -> tuple[PredictionTable | None, list[Reject]]:
+    """Predict the crystals of files, folders, archives (all that `data.prepare` reads) and datasets.
+
+    Args:
+        model: a network for prediction.
+        paths: where the crystals are.
+        batch_size: crystals at a time.
+        workers: processes that read files; None for one a core.
+        console: where reading shows its progress; None for nowhere.
+
+    Returns:
+        The predictions, None if there are none; and the records left out.
+
+    Raises:
+        PrepareError, DatasetError: if a path is missing or of an unknown format.
+    """
+    prediction_meta(model)  # complains before anything is read
+    datasets = [path for path in map(Path, paths) if (path / MANIFEST).is_file()]
+    files = [path for path in map(Path, paths) if path not in datasets]
+    results = [predict_dataset(model, CrystalDataset.open(path), batch_size) for path in datasets]
+    if files:
+        with TemporaryDirectory(prefix="mgt-fast-") as folder:
+            made = Path(folder) / "crystals"
+            prepare(files, made, targets=(), require_target="none", workers=workers, console=console)
+            with (made / "rejects.csv").open(newline="", encoding="utf-8") as rows:
+                unread = [Reject(**row) for row in csv.DictReader(rows)]
+            table, rejects = predict_dataset(model, CrystalDataset.open(made), batch_size)
+            results.append((table, unread + rejects))
+    tables = [table for table, _ in results if table is not None]
+    rejects = [reject for _, some in results for reject in some]
+    return (PredictionTable.concatenate(tables) if tables else None), rejects

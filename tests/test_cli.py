@@ -179,7 +179,7 @@ def test_predict_reads_cif_folders_and_lists_what_it_cannot_read(runs, dataset, 
     for index in indices:
         write_cif(cifs / f"{dataset.ids[index]}.cif", dataset.gather([index]))
     (cifs / "broken.cif").write_text("data_broken\n_cell_length_a nonsense\n")
-    result = invoke("predict", cifs, "-m", folder / "finetune", "-o", tmp_path / "out.csv")
+    result = invoke("predict", cifs, "-m", folder / "finetune", "-o", tmp_path / "out.csv", "-j", 1)
     rows = rows_of(tmp_path / "out.csv")
     assert list(rows[0]) == ["id", f"{TARGET} [eV/atom]", "se3_contribution", "so3_contribution"]
     assert sorted(row["id"] for row in rows) == sorted(dataset.ids[i] for i in indices)
@@ -195,7 +195,15 @@ def test_predict_fails_if_nothing_could_be_predicted(runs, tmp_path):
     (tmp_path / "broken.cif").write_text("data_broken\n")
     folder, _, _ = runs
     invoke(
-        "predict", tmp_path / "broken.cif", "-m", folder / "finetune", "-o", tmp_path / "out.csv", status=1
+        "predict",
+        tmp_path / "broken.cif",
+        "-m",
+        folder / "finetune",
+        "-o",
+        tmp_path / "out.csv",
+        "-j",
+        1,
+        status=1,
     )
     assert not (tmp_path / "out.csv").exists()
     assert "broken.cif" in (tmp_path / "out.rejects.csv").read_text()
@@ -209,9 +217,43 @@ def test_predict_takes_a_dataset(runs, dataset, tmp_path):
     assert [row["id"] for row in rows_of(tmp_path / "out.csv")] == list(dataset.ids)
 
 
+def test_prepare_own_files(runs, dataset, tmp_path):
+    folder, _, _ = runs
+    cifs = tmp_path / "cifs"
+    cifs.mkdir()
+    indices = np.flatnonzero(~np.isnan(dataset.targets[TARGET]))[:4]
+    for index in indices:
+        write_cif(cifs / f"{dataset.ids[index]}.cif", dataset.gather([index]))
+    (cifs / "broken.cif").write_text("data_broken\n")
+    rows = [f"{dataset.ids[i]},{dataset.targets[TARGET][i]}" for i in indices] + ["broken,1.0"]
+    (cifs / "id_prop.csv").write_text("\n".join(rows) + "\n")
+    arguments = ["prepare", cifs, "-o", tmp_path / "own", "-j", 1, "-t", "target=energy"]
+    result = invoke(*arguments, "-u", "energy=eV/atom")
+    assert "4 crystals stored of 5 read, 1 rejected" in result.stdout
+    made = CrystalDataset.open(tmp_path / "own")
+    assert made.target_units == {"energy": "eV/atom"}
+    result = invoke(
+        "evaluate", "-m", folder / "finetune", "-d", tmp_path / "own", "--target", "energy", "--split", "all"
+    )
+    assert "over 4 crystals" in result.stdout
+    assert "exists already" in invoke(*arguments, status=1).stderr
+    invoke(*arguments, "-u", "energy=kcal/mol", "--overwrite")
+    arguments = ["evaluate", "-m", folder / "finetune", "-d", tmp_path / "own", "--target", "energy"]
+    assert "predicts eV/atom, but the dataset's energy is in kcal/mol" in invoke(*arguments, status=1).stderr
+
+
+def test_prepare_fails_if_nothing_could_be_stored(tmp_path):
+    (tmp_path / "broken.cif").write_text("data_broken\n")
+    result = invoke("prepare", tmp_path / "broken.cif", "-o", tmp_path / "own", "-j", 1, status=1)
+    assert "no crystal was stored" in result.stderr
+    assert "0 crystals stored of 1 read, 1 rejected" in result.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["prepare", "nothing.cif", "-o", "own"], "nothing.cif does not exist"),
+        (["prepare", "x", "-o", "own", "-u", "eV"], "--unit eV: expected NAME=VALUE"),
         (["finetune", "--set", "data.target=gap"], "no target 'gap'; available: "),
         (["finetune", "--set", "optim.lrr=1"], "unknown key 'optim.lrr' (did you mean optim.lr"),
         (["finetune", "--config", "nothing.yaml"], "no configuration file 'nothing.yaml'"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..data import CrystalDataset
-from ..inference import PredictionTable, model_meta, predict_graphs
+from ..inference import PredictionTable, predict_graphs, prediction_meta
 from ..model import MGT
 from .batches import DataError, GraphSource, require_part, select_parts, target_values
 from .config import DataConfig
@@ -53,7 +53,7 @@ def evaluate(
     Raises:
         DataError: if target or part are missing, or the units of checkpoint and dataset differ.
     """
-    meta = model_meta(model)
+    meta = prediction_meta(model)
     name = target or meta.target
     if name is None:
         raise DataError("the checkpoint does not say what it predicts; name the dataset's column (--target)")

@@ -1,0 +1,143 @@
+import csv
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from mgt_fast.checkpoint import CheckpointMeta
+from mgt_fast.config import MGTConfig
+from mgt_fast.data import CrystalDataset, DatasetWriter
+from mgt_fast.data.store import record_batch
+from mgt_fast.inference import PredictionTable, predict_dataset, predict_structures
+from mgt_fast.model import MGT
+
+SIZES = {"channels": 8, "num_scalars": 4, "num_vectors": 2, "num_blocks": 1, "expert_hidden": 4}
+SALT = np.array([[0, 0, 0], [0.5, 0.5, 0.5]])
+
+
+def network(**settings):
+    torch.manual_seed(0)
+    model = MGT(MGTConfig(**SIZES, **settings))
+    model.meta = CheckpointMeta(model=model.config, max_neighbors=6, target="gap", unit="eV")
+    return model
+
+
+def salts(n):
+    from ase import Atoms
+
+    return [Atoms("NaCl", scaled_positions=SALT, cell=np.eye(3) * (3 + 0.1 * i), pbc=True) for i in range(n)]
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Five salts; one of an element without features, one with two atoms on one spot."""
+    coords, numbers = [SALT] * 5, [np.array([11, 17])] * 5
+    numbers[1], coords[3] = np.array([11, 118]), np.zeros((2, 3))
+    with DatasetWriter(tmp_path / "salts", {}) as writer:
+        writer.write(
+            record_batch(
+                [f"salt-{i}" for i in range(5)],
+                numbers,
+                coords,
+                np.eye(3)[None] * np.linspace(3, 4, 5)[:, None, None],
+                np.ones((5, 3), bool),
+                [""] * 5,
+                {},
+            )
+        )
+    return CrystalDataset.open(tmp_path / "salts")
+
+
+def test_target_scaling_is_undone():
+    model = network()
+    plain = predict_structures(model, salts(3))
+    model.meta = CheckpointMeta(model=model.config, max_neighbors=6, target_mean=10.0, target_std=2.0)
+    np.testing.assert_allclose(predict_structures(model, salts(3)).prediction, 10 + 2 * plain.prediction)
+
+
+def test_graphs_are_those_of_the_checkpoint(monkeypatch):
+    import mgt_fast.inference as inference
+
+    asked = []
+    build = inference.build_graph
+    monkeypatch.setattr(inference, "build_graph", lambda *a, **kw: asked.append(kw) or build(*a, **kw))
+    model = network()
+    model.meta = CheckpointMeta(model=model.config, max_neighbors=9, compat="comformer")
+    predict_structures(model, salts(1))
+    assert asked == [{"max_neighbors": 9, "compat": "comformer"}]
+
+
+def test_mode_of_the_network_is_left_as_it_was():
+    model = network()
+    running = {name: value.clone() for name, value in model.named_buffers() if "running" in name}
+    for training in (True, False):
+        model.train(training)
+        predict_structures(model, salts(2))
+        assert model.training == training
+    assert running
+    assert all(torch.equal(model.get_buffer(name), value) for name, value in running.items())
+
+
+def test_ids_and_partial_batches():
+    table = predict_structures(network(), salts(5), ids=list("abcde"), batch_size=2)
+    assert table.ids == ("a", "b", "c", "d", "e")
+    whole = predict_structures(network(), salts(5))
+    np.testing.assert_allclose(table.prediction, whole.prediction, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(table.contributions, whole.contributions, rtol=1e-4)
+
+
+def test_one_bad_crystal_does_not_stop_the_others(dataset):
+    table, rejects = predict_dataset(network(), dataset, batch_size=4)
+    assert table.ids == ("salt-0", "salt-2", "salt-4")
+    assert [reject.id for reject in rejects] == ["salt-1", "salt-3"]
+    assert "118" in rejects[0].message
+    assert "salt-3" in rejects[1].message
+
+
+def test_a_non_finite_prediction_names_the_crystal():
+    model = network()
+    model.meta = CheckpointMeta(model=model.config, max_neighbors=6, target_std=float("inf"))
+    with pytest.raises(ValueError, match="predictions are not finite for b"):
+        predict_structures(model, salts(1), ids=["b"])
+
+
+def test_nothing_to_predict():
+    with pytest.raises(ValueError, match="no crystals to predict"):
+        predict_structures(network(), [])
+
+
+def test_a_pretrained_network_does_not_predict():
+    with pytest.raises(ValueError, match="predicts no property yet"):
+        predict_structures(network(task="pretrain"), salts(1))
+
+
+def test_concatenated_views_have_no_contributions(tmp_path):
+    table = predict_structures(network(fusion="concat"), salts(2))
+    assert table.contributions is None
+    assert list(table.columns()) == ["id", "gap [eV]"]
+
+
+def test_several_outputs_become_several_columns():
+    table = predict_structures(network(output_dim=2), salts(2))
+    assert table.prediction.shape == (2, 2)
+    assert list(table.columns())[:3] == ["id", "gap [eV] 0", "gap [eV] 1"]
+
+
+def test_tables_are_written_as_csv_and_parquet(tmp_path):
+    table = PredictionTable(
+        ("a", "b,c"), np.array([1.5, -1e-9]), np.array([[0.25, 0.75], [1, 0]]), "gap", "eV"
+    )
+    for name in ("t.csv", "t.parquet"):
+        table.write(tmp_path / name)
+    with (tmp_path / "t.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[1] == {"id": "b,c", "gap [eV]": "-1e-9", "se3_contribution": "1", "so3_contribution": "0"}
+    assert pq.read_table(tmp_path / "t.parquet").to_pydict() == {
+        "id": ["a", "b,c"],
+        "gap [eV]": [1.5, -1e-9],
+        "se3_contribution": [0.25, 1.0],
+        "so3_contribution": [0.75, 0.0],
+    }
+    with pytest.raises(ValueError, match=r"written as \.csv or \.parquet, not as \.xlsx"):
+        table.write(tmp_path / "t.xlsx")
