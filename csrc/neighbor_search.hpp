@@ -11,7 +11,7 @@
 
 // Wider vector units where the machine has them. Without contraction to fused multiply-adds every version
 // rounds alike.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
 #define MGT_WIDE_VECTORS __attribute__((target_clones("default", "avx2", "avx512f")))
 #else
 #define MGT_WIDE_VECTORS

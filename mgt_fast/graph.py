@@ -176,7 +176,7 @@ def build_graph(
         ValueError: as `neighbor_list`; for an unknown `compat`; with "comformer", for a crystal that is not
             periodic in three directions.
 
-    Source: arXiv 2403.11857 (ComFormer), section 4 and its published program, for `compat="comformer"`.
+    Source: arXiv 2403.11857 (ComFormer) and its published program, for `compat="comformer"`.
     """
     if compat not in (None, "comformer"):
         raise ValueError(f"compat = {compat!r}; choose None or 'comformer'")
