@@ -75,16 +75,15 @@ def draw(folder: Path, pretraining: PretrainConfig, target: str, unit: str | Non
     """Draw the demo's pictures from its run folders; return their paths."""
     names = ("pretraining.png", "loss_curves.png", "parity.png", "router.png")
     paths = [folder / name for name in names]
-    plot_curves(
-        paths[0],
-        read_metrics(folder / "pretrain"),
-        {
-            "contrastive loss": ("train_contrastive", "val_contrastive"),
-            "SE(3) denoising loss": ("train_se3_denoising", "val_se3_denoising"),
-            "SO(3) denoising loss": ("train_so3_denoising", "val_so3_denoising"),
-        },
-        {"contrastive loss": (math.log(2 * pretraining.optim.batch_size - 1), "chance")},
-    )
+    panels = {
+        "contrastive loss": ("train_contrastive", "val_contrastive"),
+        "SE(3) denoising loss": ("train_se3_denoising", "val_se3_denoising"),
+        "SO(3) denoising loss": ("train_so3_denoising", "val_so3_denoising"),
+    }
+    references = {"contrastive loss": (math.log(2 * pretraining.optim.batch_size - 1), "chance")}
+    if pretraining.model.denoising == "edge":  # three components of unit variance
+        references |= {name: (3.0, "no denoising") for name in panels if "denoising" in name}
+    plot_curves(paths[0], read_metrics(folder / "pretrain"), panels, references)
     unit_suffix = f" ({unit})" if unit else ""
     plot_curves(
         paths[1],
@@ -102,6 +101,12 @@ def draw(folder: Path, pretraining: PretrainConfig, target: str, unit: str | Non
     )
     plot_router(paths[3], rows["so3_contribution"], rows["target"], target, unit)
     return paths
+
+
+def typical_crystal(dataset: CrystalDataset, target: str) -> int:
+    """Return the test crystal whose target is nearest to the median of the test part."""
+    values = np.where(dataset.split == "test", dataset.targets[target], np.nan)
+    return int(np.nanargmin(np.abs(values - np.nanmedian(values))))
 
 
 def _read_predictions(path: Path) -> dict[str, np.ndarray]:

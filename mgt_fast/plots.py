@@ -9,6 +9,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 # Colour-blind safe (Okabe and Ito): train, val, test.
 COLORS = {"train": "#0072B2", "val": "#E69F00", "test": "#009E73"}
@@ -33,7 +34,7 @@ def plot_curves(
     Args:
         path: the picture.
         records: lines of metrics.jsonl.
-        panels: axis label to the metrics drawn in it; a name's first word ("train", "val") gives its colour.
+        panels: axis label to the metrics drawn in it; a name's first word ("train", "val") is its part.
         references: axis label to a value drawn as a dashed line, and its name.
     """
     with mpl.rc_context(_STYLE):
@@ -41,13 +42,21 @@ def plot_curves(
         epochs = [record["epoch"] for record in records]
         for ax, (label, names) in zip(axes, panels.items(), strict=True):
             for name in names:
-                values = [record[name] for record in records]
-                part, _, quantity = name.partition("_")
-                ax.plot(epochs, values, color=COLORS[part], marker=".", label=f"{part} {quantity}")
+                part = name.partition("_")[0]
+                ax.plot(
+                    epochs, [record[name] for record in records], color=COLORS[part], marker=".", label=part
+                )
             if references and label in references:
                 value, text = references[label]
                 ax.axhline(value, color="0.5", linestyle="--", linewidth=1, label=text)
-            ax.set(xlabel="epoch", ylabel=label, yscale="log")
+            ax.set(xlabel="epoch", ylabel=label)
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+            low, high = ax.dataLim.intervaly
+            if high > 8 * low > 0:
+                ax.set_yscale("log")
+                ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                ax.yaxis.set_major_formatter("{x:g}")
+                ax.yaxis.set_minor_formatter(NullFormatter())
             ax.legend()
         figure.savefig(path, dpi=150)
 
