@@ -1,6 +1,6 @@
 """The command line: `mgt-fast prepare, pretrain, finetune, predict, evaluate, import-checkpoint, demo`.
 
-Commands import what they need when they run, so that `mgt-fast --help` answers at once.
+Commands import what they need when they run; errors of the user's become one line.
 """
 
 from __future__ import annotations

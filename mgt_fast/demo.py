@@ -49,9 +49,7 @@ def run_demo(folder: str | Path, console: Console, overrides: Sequence[str] = ()
     say(console, "3. Predicting a CIF file")
     model = MGT.load(folder / "finetune")
     dataset = CrystalDataset.open(settings.data.path)
-    index = int(
-        np.flatnonzero((dataset.split == "test") & ~np.isnan(dataset.targets[settings.data.target]))[0]
-    )
+    index = typical_crystal(dataset, settings.data.target)
     cif = folder / f"{dataset.ids[index]}.cif"
     write_cif(cif, dataset.gather([index]))
     table, _ = predict_paths(model, [cif], workers=1)
@@ -83,7 +81,11 @@ def draw(folder: Path, pretraining: PretrainConfig, target: str, unit: str | Non
     references = {"contrastive loss": (math.log(2 * pretraining.optim.batch_size - 1), "chance")}
     if pretraining.model.denoising == "edge":  # three components of unit variance
         references |= {name: (3.0, "no denoising") for name in panels if "denoising" in name}
-    plot_curves(paths[0], read_metrics(folder / "pretrain"), panels, references)
+    records = read_metrics(folder / "pretrain")
+    panels = {
+        name: metrics for name, metrics in panels.items() if metrics[0] in records[0]
+    }  # one view: fewer
+    plot_curves(paths[0], records, panels, references)
     unit_suffix = f" ({unit})" if unit else ""
     plot_curves(
         paths[1],
@@ -99,6 +101,8 @@ def draw(folder: Path, pretraining: PretrainConfig, target: str, unit: str | Non
         target,
         unit,
     )
+    if "so3_contribution" not in rows:  # a network without a router
+        return paths[:3]
     plot_router(paths[3], rows["so3_contribution"], rows["target"], target, unit)
     return paths
 
