@@ -60,6 +60,11 @@ def test_ablations(graph, changes, present, absent):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_fresh_per_edge_heads_predict_no_noise(graph):
+    out = make(task="pretrain", denoising="edge")(graph, draw_noise(graph, 0.05))
+    assert out.se3_noise.abs().max() == out.so3_noise.abs().max() == 0
+
+
 def test_contributions(graph):
     out = make().eval()(graph)
     torch.testing.assert_close(out.contributions.sum(1), torch.ones(2, dtype=torch.float64))
@@ -96,6 +101,8 @@ def test_each_view_sees_its_own_noise_alone(graph):
 
 def test_per_edge_noise_turns_with_the_crystal(graph):
     model = make(task="pretrain", denoising="edge").eval()
+    for head in (model.se3_angle_layer, model.so3_edge_layer):  # fresh heads predict zero
+        torch.nn.init.normal_(head.head.out.weight)
     noise = draw_noise(graph, 0.05, torch.Generator().manual_seed(0))
     turn = torch.tensor(Rotation.random(random_state=1).as_matrix()).t()
     turned = dataclasses.replace(graph, edge_vec=graph.edge_vec @ turn, frame=graph.frame @ turn)
