@@ -185,6 +185,9 @@ class EdgeNoiseHead(nn.Module):
         self.source = nn.Linear(channels, channels, bias=False)
         self.target = nn.Linear(channels, channels, bias=False)
         self.out = nn.Linear(channels, output_dim)
+        # Noise is far smaller than a fresh layer's output; zero is the best guess before anything is learnt.
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
 
     def forward(
         self, encoding: Encoding, index: GraphIndex, extra: torch.Tensor | None = None
