@@ -15,6 +15,7 @@ test: $(VENV)/installed
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/installed
+	$(INSTALL) --no-build-isolation --editable ".[bench]"
 	$(BIN)/python -m pytest -c bench/pytest.ini bench --benchmark-json bench/last.json
 
 lint: $(VENV)/installed-dev

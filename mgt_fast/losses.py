@@ -86,17 +86,27 @@ def pretraining_loss(
         temperature: of the contrastive loss.
         weights: of contrast, SE(3) and SO(3) denoising.
 
+    Raises:
+        ValueError: if the network's denoising heads are of the other kind.
+
     Source:
         arXiv 2507.15303, pretraining objective; per-edge denoising is this project's own.
     """
+    if denoising not in ("crystal", "edge"):
+        raise ValueError(f"denoising = {denoising!r}; choose crystal or edge")
     index = GraphIndex(graph)
 
     def denoise(predicted: torch.Tensor | None, added: torch.Tensor) -> torch.Tensor | None:
         if predicted is None:
             return None
-        if denoising == "edge":
-            return ((predicted - added) / noise_std).square().sum(1).mean()
-        return (predicted - noise_per_crystal(added, index)).square().sum()
+        target = added if denoising == "edge" else noise_per_crystal(added, index)
+        if predicted.shape != target.shape:
+            raise ValueError(
+                f"denoising = {denoising!r} has targets of shape {tuple(target.shape)}, but the network "
+                f"predicts {tuple(predicted.shape)}: it was made for the other kind"
+            )
+        error = predicted - target.to(predicted.dtype)
+        return (error / noise_std).square().sum(1).mean() if denoising == "edge" else error.square().sum()
 
     contrastive = None
     if output.se3_proj is not None and output.so3_proj is not None:

@@ -277,12 +277,16 @@ class MGT(nn.Module):
         """Encode, project and predict.
 
         Args:
-            graph: B crystals, lengths in the parameters' dtype.
-            noise: added to the views' geometry (pretraining).
+            graph: B crystals; lengths are converted to the parameters' dtype.
+            noise: added to the views' geometry (pretraining); converted likewise.
 
         Returns:
             Every intermediate result that a loss or a report needs; see `MGTOutput`.
         """
+        dtype = next(self.parameters()).dtype
+        graph = graph.to(dtype=dtype)
+        if noise is not None:
+            noise = EdgeNoise(cosine=noise.cosine.to(dtype), vector=noise.vector.to(dtype))
         config, index, out = self.config, GraphIndex(graph), {}
         if config.views != "so3":
             se3 = self.se3_graph_encoder(graph, index, None if noise is None else noise.cosine)

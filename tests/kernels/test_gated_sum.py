@@ -1,9 +1,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from mgt_fast.kernels.gated_sum import gated_sum
 from mgt_fast.kernels.gated_sum import reference as gated_sum_reference
-from torch import nn
 
 
 def naive(pre, query, key, value, norm):

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from mgt_fast.kernels.rbf_embedding import rbf_linear
 
 

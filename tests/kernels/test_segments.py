@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from mgt_fast.kernels.segments import (
     Segments,
     gather_rows,

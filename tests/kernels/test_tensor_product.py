@@ -1,6 +1,7 @@
 import pytest
 import torch
 from e3nn import o3
+
 from mgt_fast.kernels.segments import Segments
 from mgt_fast.kernels.tensor_product import (
     TensorProductShape,
@@ -47,7 +48,7 @@ def compare(ours, reference, inputs):
     torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-10)
 
 
-SIZES = [(1, 1), (4, 15), (9, 63), (30, 20)]  # the last leaves atoms without edges
+SIZES = [(3, 0), (1, 1), (4, 15), (9, 63), (30, 20)]  # some leave atoms without edges
 
 
 @pytest.mark.parametrize(("num_atoms", "num_edges"), SIZES)
@@ -70,6 +71,19 @@ def test_second_product_equals_e3nn(num_atoms, num_edges):
     ours = tensor_product_2(parts, hidden, harmonics, weight, bias, SHAPE, receiver, sender)
     reference = e3nn_mean(FULL, SCALARS, node, edge_index, vec, hidden, weight, bias)
     compare(ours, reference, (node, hidden, weight, bias))
+
+
+def test_float32_error_is_at_most_twice_e3nn():
+    edge_index, receiver, sender, vec, hidden, weight, bias = problem(20, 500)
+    node = torch.randn(20, NS)
+    exact = e3nn_mean(SCALARS, FULL, node, edge_index, vec, hidden, weight, bias)
+    torch.set_default_dtype(torch.float32)
+    node, vec, hidden, weight, bias = (t.detach().float() for t in (node, vec, hidden, weight, bias))
+    harmonics = spherical_harmonics(vec / vec.norm(dim=1, keepdim=True))
+    parts = tensor_product_1(node, hidden, harmonics, weight, bias, SHAPE, receiver, sender)
+    ours = torch.cat([p.flatten(1) for p in parts], 1)
+    plain = e3nn_mean(SCALARS, FULL, node, edge_index, vec, hidden, weight, bias)
+    assert (ours - exact).norm() <= 2 * (plain - exact).norm()
 
 
 def test_harmonics_equal_e3nn():
