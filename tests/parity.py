@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from mgt_fast.data.elements import cgcnn_features
+from mgt_fast.elements import cgcnn_features
 from mgt_fast.graph import CrystalGraph
 from mgt_fast.importer import config_from_state_dict, published_state_dict
 from mgt_fast.outputs import EdgeNoise
@@ -210,7 +210,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--backend", choices=BACKENDS, default="torch")
     parser.add_argument("--device", default="cpu", help="torch device to run the model on")
     arguments = parser.parse_args(argv)
-    checks = run_parity(load_file(arguments.fixture), arguments.backend, arguments.device)
+    try:
+        checks = run_parity(load_file(arguments.fixture), arguments.backend, arguments.device)
+    except (OSError, NotImplementedError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
     sys.stdout.write(table(checks) + "\n")
     return 0 if all(check.passed for check in checks) else 1
 

@@ -83,6 +83,15 @@ def test_loss_parts(graph, denoising):
     assert float(found.total) == pytest.approx(2 * float(nt_xent(z, z)) + 5 * float(found.so3_denoising))
 
 
+def test_heads_of_the_other_kind_are_refused(graph):
+    noise = draw_noise(graph, 0.05)
+    per_crystal = MGTOutput(se3_noise=torch.zeros(2, 3))
+    with pytest.raises(ValueError, match=r"targets of shape \(\d+, 3\), but the network predicts \(2, 3\)"):
+        pretraining_loss(per_crystal, graph, noise, denoising="edge")
+    with pytest.raises(ValueError, match="denoising = 'edges'; choose crystal or edge"):
+        pretraining_loss(per_crystal, graph, noise, denoising="edges")
+
+
 def test_one_view_has_no_contrast(graph):
     noise = draw_noise(graph, 0.05)
     output = MGTOutput(se3_proj=torch.zeros(2, 4), se3_noise=torch.zeros(2, 3))

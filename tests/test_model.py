@@ -113,6 +113,16 @@ def test_per_edge_noise_turns_with_the_crystal(graph):
     torch.testing.assert_close(after.so3_noise, before.so3_noise @ turn)
 
 
+def test_lengths_are_converted_to_the_parameters_type(graph):
+    torch.manual_seed(0)
+    model = MGT(SMALL).eval()
+    noise = draw_noise(graph, 0.05, torch.Generator().manual_seed(0))
+    single = EdgeNoise(cosine=noise.cosine.float(), vector=noise.vector.float())
+    converted = model(graph, noise).prediction
+    assert converted.dtype == torch.float32
+    assert torch.equal(converted, model(graph.to(dtype=torch.float32), single).prediction)
+
+
 def test_backends():
     with pytest.raises(NotImplementedError, match="no Triton kernels yet"):
         MGT(SMALL, backend="triton")
