@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
+from numbers import Integral
 
 import torch
 
-from mgt_fast import _C
-from mgt_fast.structures import CrystalBatch
+from . import _C
+from .structures import CrystalBatch
 
 SHELL_TOLERANCE = 1e-4
 """Relative width of a shell of neighbours: distances no farther apart count as equal."""
+
+_DTYPES = {
+    "numbers": torch.int64,
+    "frac_coords": torch.float64,
+    "cell": torch.float64,
+    "batch_ptr": torch.int64,
+    "pbc": torch.bool,
+}
 
 
 @dataclass(frozen=True)
@@ -118,9 +127,11 @@ def neighbor_list(
             images of the same atom, with S lexicographically positive.
         shell_tolerance: relative width of a shell.
         shell_margin: report in `NeighborList.shell_margin` how close shells are to the tolerance.
-        threads: threads over the crystals; torch's number when absent. The result does not depend on it.
+        threads: threads over the crystals, at most one a core; torch's number when absent. The result does
+            not depend on it.
 
     Raises:
+        TypeError: for a batch whose tensors have other types than `CrystalBatch` says.
         ValueError: for wrong arguments, and, naming the structure, the atom and the value, for non-finite
             numbers, a cell volume below 1e-3 Å^3, atoms closer than 0.01 Å (to each other or to an own
             image), too few atoms for k without periodicity, or a search too large to be meant (over 10^6
@@ -131,7 +142,7 @@ def neighbor_list(
     if cutoff is not None and not (math.isfinite(cutoff) and cutoff > 0):
         raise ValueError(f"cutoff = {cutoff} Å; it must be positive and finite")
     if max_neighbors is not None:
-        _check_max_neighbors(max_neighbors)
+        _check_count("max_neighbors", max_neighbors)
     if not 0 <= shell_tolerance < 1:
         raise ValueError(f"shell_tolerance = {shell_tolerance}; it must lie in [0, 1)")
     if shell_margin and max_neighbors is None:
@@ -170,9 +181,11 @@ def build_graph(
         compat: "comformer" builds edges and frame as ComFormer's published builder does, for checkpoints
             trained on its graphs: shells cut where rounding cuts them, pairs closer than 0.15 Å ignored,
             edges between images of one atom twice, frame from the given cell.
-        threads: threads over the crystals; torch's number when absent. The result does not depend on it.
+        threads: threads over the crystals, at most one a core; torch's number when absent. The result does
+            not depend on it.
 
     Raises:
+        TypeError: as `neighbor_list`.
         ValueError: as `neighbor_list`; for an unknown `compat`; with "comformer", for a crystal that is not
             periodic in three directions.
 
@@ -181,7 +194,7 @@ def build_graph(
     if compat not in (None, "comformer"):
         raise ValueError(f"compat = {compat!r}; choose None or 'comformer'")
     if compat == "comformer":
-        _check_max_neighbors(max_neighbors)
+        _check_count("max_neighbors", max_neighbors)
         built = _C.comformer_graph(_arrays(crystals), max_neighbors=max_neighbors, threads=_threads(threads))
         frame = built.pop("frame")
         neighbors = NeighborList(**{name: torch.from_numpy(array) for name, array in built.items()})
@@ -207,15 +220,14 @@ def build_graph(
     )
 
 
-def _check_max_neighbors(max_neighbors: int) -> None:
-    if max_neighbors < 1:
-        raise ValueError(f"max_neighbors = {max_neighbors}; it must be at least 1")
+def _check_count(name: str, value: int) -> None:
+    if not (isinstance(value, Integral) and 1 <= value <= 10**9):
+        raise ValueError(f"{name} = {value!r}; it must be a whole number from 1 to 10^9")
 
 
 def _threads(threads: int | None) -> int:
     threads = torch.get_num_threads() if threads is None else threads
-    if threads < 1:
-        raise ValueError(f"threads = {threads}; it must be at least 1")
+    _check_count("threads", threads)
     return threads
 
 
@@ -225,5 +237,11 @@ def _arrays(crystals: CrystalBatch) -> _C.Batch:
         raise ValueError(
             f"crystals are on {crystals.numbers.device}; bring them back with crystals.to('cpu')"
         )
+    for name, dtype in _DTYPES.items():
+        given = getattr(crystals, name).dtype
+        if given != dtype:
+            raise TypeError(
+                f"crystals.{name} is {given}, expected {dtype}; CrystalBatch.from_arrays converts it"
+            )
     tensors = (crystals.frac_coords, crystals.cell, crystals.batch_ptr, crystals.pbc)
     return _C.Batch(*(tensor.contiguous().numpy() for tensor in tensors), crystals.ids)

@@ -47,15 +47,15 @@ class CrystalBatch:
             ValueError: if shapes disagree, a crystal has no atom, or an atomic number is unknown; the
                 message names the crystal, the atom and the value.
         """
-        numbers = _tensor(numbers, torch.int64)
-        frac_coords = _tensor(frac_coords, torch.float64)
-        cell = _tensor(cell, torch.float64)
-        num_atoms = _tensor(num_atoms, torch.int64)
+        numbers = _tensor("numbers", numbers, torch.int64)
+        frac_coords = _tensor("frac_coords", frac_coords, torch.float64)
+        cell = _tensor("cell", cell, torch.float64)
+        num_atoms = _tensor("num_atoms", num_atoms, torch.int64)
         n_crystals = num_atoms.numel()
         pbc = (
             torch.ones(n_crystals, 3, dtype=torch.bool, device=numbers.device)
             if pbc is None
-            else _tensor(pbc, torch.bool)
+            else _tensor("pbc", pbc, torch.bool)
         )
         ids = tuple(str(i) for i in (range(n_crystals) if ids is None else ids))
         n_atoms = numbers.numel()
@@ -93,9 +93,12 @@ class CrystalBatch:
         """Build a batch from pymatgen Structures and ASE Atoms (they may be mixed).
 
         Raises:
-            TypeError: for any other kind of object.
-            ValueError: for an empty list, a structure without a cell or with partial occupancy.
+            TypeError: for any other kind of object, among them a single structure outside a list.
+            ValueError: for an empty list, a structure without a cell, with partial occupancy or with sites
+                that hold no element.
         """
+        if _is_pymatgen(structures) or _is_ase(structures):
+            raise TypeError(f"structures is a single {type(structures).__name__}; pass a list, [structure]")
         if not len(structures):
             raise ValueError("no structures were given")
         ids = [str(i) for i in range(len(structures))] if ids is None else [str(i) for i in ids]
@@ -124,26 +127,42 @@ class CrystalBatch:
         return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
 
 
-def _tensor(value, dtype: torch.dtype) -> torch.Tensor:
+def _tensor(name: str, value, dtype: torch.dtype) -> torch.Tensor:
     value = value if isinstance(value, torch.Tensor) else torch.from_numpy(np.array(value))
     converted = value.to(dtype)
     if dtype == torch.int64 and value.is_floating_point() and (converted != value).any():
-        raise ValueError(f"{value[converted != value][0]} is not a whole number")
+        raise ValueError(f"{name} holds {value[converted != value][0]}, which is not a whole number")
     return converted
+
+
+def _is_pymatgen(structure) -> bool:
+    return hasattr(structure, "lattice") and hasattr(structure, "frac_coords")
+
+
+def _is_ase(structure) -> bool:
+    return hasattr(structure, "get_scaled_positions")
 
 
 def _arrays_of(structure, name: str):
     """Return (numbers, frac_coords, cell, pbc) of one pymatgen Structure or ASE Atoms as NumPy arrays."""
-    if hasattr(structure, "lattice") and hasattr(structure, "frac_coords"):  # pymatgen Structure
+    if _is_pymatgen(structure):
+        from pymatgen.core import DummySpecies
+
         if not structure.is_ordered:
             site = next(s for s in structure if not s.is_ordered)
             raise ValueError(
                 f"structure {name!r}: site {site.species_string!r} has partial occupancy; "
                 "order it first (for example with pymatgen's OrderDisorderedStructureTransformation)"
             )
+        for atom, site in enumerate(structure):
+            if isinstance(site.specie, DummySpecies):
+                raise ValueError(
+                    f"structure {name!r}, atom {atom}: {site.species_string!r} is not an element; "
+                    "replace or remove it"
+                )
         numbers = [site.specie.Z for site in structure]
         return np.array(numbers), structure.frac_coords, structure.lattice.matrix, np.array(structure.pbc)
-    if hasattr(structure, "get_scaled_positions"):  # ASE Atoms
+    if _is_ase(structure):
         cell = np.array(structure.cell)
         if abs(np.linalg.det(cell)) < 1e-6:
             raise ValueError(

@@ -1,5 +1,9 @@
 import itertools
 import math
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -258,16 +262,55 @@ def test_no_crystals_have_no_neighbours():
         ({"cutoff": -1.0}, "cutoff = -1.0"),
         ({"cutoff": math.inf}, "cutoff = inf"),
         ({"cutoff": math.nan}, "cutoff = nan"),
-        ({"max_neighbors": 0}, "max_neighbors = 0; it must be at least 1"),
+        ({"max_neighbors": 0}, r"max_neighbors = 0; it must be a whole number from 1 to 10\^9"),
+        ({"max_neighbors": 2.5}, "max_neighbors = 2.5; it must be a whole number"),
+        ({"max_neighbors": 10**20}, "max_neighbors = 100000000000000000000; it must be a whole number"),
         ({"max_neighbors": 12, "shell_tolerance": -1e-4}, "shell_tolerance = -0.0001"),
         ({"max_neighbors": 12, "shell_tolerance": math.nan}, "shell_tolerance = nan"),
         ({"cutoff": 5.0, "shell_margin": True}, "shell_margin needs max_neighbors"),
         ({"cutoff": 5.0, "threads": 0}, "threads = 0"),
+        ({"cutoff": 5.0, "threads": 10**20}, "threads = 100000000000000000000"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         neighbor_list(batch_of(CUBIC), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("field", "dtype"),
+    [
+        ("numbers", "int32"),
+        ("frac_coords", "float32"),
+        ("cell", "float32"),
+        ("batch_ptr", "int32"),
+        ("pbc", "uint8"),
+    ],
+)
+def test_tensors_of_another_type_are_refused(field, dtype):
+    batch = batch_of(CUBIC)
+    changed = replace(batch, **{field: getattr(batch, field).to(getattr(torch, dtype))})
+    with pytest.raises(
+        TypeError, match=rf"crystals\.{field} is torch\.{dtype}, .* CrystalBatch\.from_arrays"
+    ):
+        neighbor_list(changed, cutoff=5.0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux counts it")
+def test_more_threads_than_the_system_has_room_for():
+    """There are no more threads than cores: with one a crystal the stacks would not fit."""
+    import resource
+
+    batch = batch_of(*[CUBIC] * 4000)
+    expected = neighbor_list(batch, cutoff=3.5, threads=1)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + (os.cpu_count() + 8) * 2**27, before[1]))
+    try:
+        found = neighbor_list(batch, cutoff=3.5, threads=10**6)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert torch.equal(found.edge_vec, expected.edge_vec)
 
 
 def with_cell(cell):

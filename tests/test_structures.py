@@ -1,9 +1,11 @@
+import math
+
 import numpy as np
 import pytest
 import torch
 from ase import Atoms
 from ase.build import bulk, molecule
-from pymatgen.core import Lattice, Structure
+from pymatgen.core import DummySpecies, Lattice, Structure
 
 from mgt_fast import CrystalBatch
 
@@ -34,7 +36,8 @@ def test_from_arrays():
     [
         ({"numbers": [1, 2, 119]}, "crystal '1', atom 1: atomic number 119 is not between 1 and 118"),
         ({"numbers": [0, 2, 3]}, "crystal '0', atom 0: atomic number 0"),
-        ({"numbers": [1, 2.5, 3]}, "2.5 is not a whole number"),
+        ({"numbers": [1, 2.5, 3]}, "numbers holds 2.5, which is not a whole number"),
+        ({"num_atoms": [1, math.nan]}, "num_atoms holds nan, which is not a whole number"),
         ({"num_atoms": [0, 3]}, "crystal '0' has 0 atoms"),
         ({"num_atoms": [1, 3]}, "num_atoms adds up to 4, but there are 3 atoms"),
         ({"cell": [CELL]}, r"cell has shape \(1, 3, 3\), expected \(2, 3, 3\)"),
@@ -72,8 +75,20 @@ def test_refused_structures():
         CrystalBatch.from_structures([molecule("H2O")])
     with pytest.raises(TypeError, match="structure '0' is a str"):
         CrystalBatch.from_structures(["NaCl"])
+    vacancy = Structure(Lattice.cubic(3), ["Fe", DummySpecies("X")], [[0, 0, 0], [0.5, 0.5, 0.5]])
+    with pytest.raises(ValueError, match=r"structure 'gap', atom 1: 'X.*' is not an element"):
+        CrystalBatch.from_structures([vacancy], ids=["gap"])
     with pytest.raises(ValueError, match="no structures"):
         CrystalBatch.from_structures([])
+
+
+@pytest.mark.parametrize(
+    "single", [bulk("Si"), Structure(Lattice.cubic(3), ["Po"], [[0, 0, 0]])], ids=["Atoms", "Structure"]
+)
+def test_a_single_structure_must_be_in_a_list(single):
+    with pytest.raises(TypeError, match=f"a single {type(single).__name__}; pass a list"):
+        CrystalBatch.from_structures(single)
+    assert len(CrystalBatch.from_structures([single])) == 1
 
 
 def test_atoms_outside_the_cell_stay_where_they_are():
