@@ -190,6 +190,7 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Also write predictions, .csv or .parquet.")
     ] = None,
+    overwrite: OverwriteOption = False,
     batch_size: BatchOption = 64,
     device: DeviceOption = "auto",
 ) -> None:
@@ -197,12 +198,12 @@ def evaluate(
     with _reported_errors():
         from .checkpoint import load_model
         from .data import CrystalDataset
-        from .inference import check_table_path, write_table
+        from .inference import check_new_table, write_table
         from .train.evaluate import evaluate as run
         from .train.setup import resolve_device
 
         if output is not None:
-            check_table_path(output)
+            check_new_table(output, overwrite)
         result = run(
             load_model(model, device=resolve_device(device)),
             CrystalDataset.open(dataset),
@@ -219,7 +220,7 @@ def evaluate(
         if result.missing:
             typer.echo(f"left out {result.missing} crystals without the target")
         if output is not None:
-            write_table(output, result.table.columns() | {"target": result.target})
+            write_table(output, result.table.columns(result.target))
 
 
 @app.command()
@@ -227,11 +228,14 @@ def predict(
     paths: Annotated[list[Path], typer.Argument(help="CIF files, folders, archives, or prepared datasets.")],
     model: ModelOption,
     output: Annotated[Path, typer.Option("--output", "-o", help="Table to write, .csv or .parquet.")],
+    overwrite: OverwriteOption = False,
     batch_size: BatchOption = 64,
     workers: WorkersOption = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Predict crystals: id, prediction, and the router's contribution of each view.
+
+    Crystals of the same name have their file's path (and row) as id.
 
     What cannot be read or predicted is listed in <output name>.rejects.csv beside the table and counted on
     stderr. The exit status is 1 only if nothing could be predicted at all.
@@ -240,13 +244,16 @@ def predict(
         from dataclasses import asdict
 
         from .checkpoint import load_model
-        from .inference import check_table_path, predict_paths, write_table
+        from .inference import check_new_table, predict_paths, write_table
         from .train.setup import resolve_device
 
-        rejects_path = check_table_path(output).with_suffix(".rejects.csv")
+        rejects_path = output.with_suffix(".rejects.csv")
+        for path in (output, rejects_path):
+            check_new_table(path, overwrite)
         network = load_model(model, device=resolve_device(device))
         table, rejects = predict_paths(network, paths, batch_size, workers, err)
-        rejects_path.unlink(missing_ok=True)
+        for path in (output, rejects_path):
+            path.unlink(missing_ok=True)
         count = 0 if table is None else len(table)
         if rejects:
             rows = [asdict(reject) for reject in rejects]
@@ -315,9 +322,17 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for runs and pictures.")] = Path(
         "demo"
     ),
-    set_: SetOption = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", "-s", metavar="A.B=C", help="Override a key that both demo runs have; repeatable."
+        ),
+    ] = None,
 ) -> None:
-    """Pretrain, fine-tune and predict on the bundled crystals, with pictures, in about five minutes."""
+    """Pretrain, fine-tune and predict on the bundled crystals, with pictures, in about five minutes.
+
+    What an earlier demo left in the folder is replaced.
+    """
     with _reported_errors():
         from .demo import run_demo
 

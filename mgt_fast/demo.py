@@ -13,7 +13,7 @@ from rich.console import Console
 
 from .checkpoint import load_checkpoint
 from .data import CrystalDataset
-from .inference import predict_paths
+from .inference import PREDICTION, REFERENCE, predict_paths
 from .model import MGT
 from .plots import plot_curves, plot_parity, plot_router
 from .structures import CrystalBatch
@@ -94,16 +94,19 @@ def draw(folder: Path, pretraining: PretrainConfig, target: str, unit: str | Non
     )
     rows = _read_predictions(folder / "finetune" / PREDICTIONS)
     parts = {part: rows["part"] == part for part in ("val", "test") if (rows["part"] == part).any()}
-    prediction = next(values for name, values in rows.items() if name.startswith(target))
+    reference, prediction = (
+        next(values for name, values in rows.items() if name.startswith(word))
+        for word in (REFERENCE, PREDICTION)
+    )
     plot_parity(
         paths[2],
-        {part: (rows["target"][chosen], prediction[chosen]) for part, chosen in parts.items()},
+        {part: (reference[chosen], prediction[chosen]) for part, chosen in parts.items()},
         target,
         unit,
     )
     if "so3_contribution" not in rows:  # a network without a router
         return paths[:3]
-    plot_router(paths[3], rows["so3_contribution"], rows["target"], target, unit)
+    plot_router(paths[3], rows["so3_contribution"], reference, target, unit)
     return paths
 
 

@@ -26,14 +26,16 @@ def load_published_checkpoint(path: str | Path) -> State:
     may carry the "module." of DistributedDataParallel.
 
     Raises:
-        ValueError: if the file holds Python objects beside tensors, or no state_dict.
+        ValueError: if the file is damaged or of another kind, holds Python objects beside tensors, or no
+            state_dict.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, EOFError, KeyError, RuntimeError, ValueError) as error:
         raise ValueError(
-            f"{path} is no file of plain tensors, and loading it otherwise could run code from it; where you "
-            f"trust it, load it yourself and save it again with torch.save(model.state_dict(), path). {error}"
+            f"{path} is damaged, or no file of plain tensors as torch.save writes it. Loading other Python "
+            "objects could run code from it; where you trust it, load it yourself and save it again with "
+            f"torch.save(model.state_dict(), path). {type(error).__name__}: {error}"
         ) from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a state_dict")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import csv
+import itertools
+import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow as pa
@@ -16,11 +18,16 @@ import torch
 from rich.console import Console
 
 from .checkpoint import CheckpointMeta
-from .data import CrystalDataset, prepare
+from .data import CrystalDataset
+from .data.ingest import CHUNK_SIZE, LONGEST_VALUE
+from .data.parse import ParseOptions, parse_all
+from .data.readers.inputs import Inputs
 from .data.store import MANIFEST
 from .graph import CrystalGraph, build_graph
 from .model import MGT
 from .structures import CrystalBatch
+
+REFERENCE, PREDICTION = "reference", "prediction"  # first words of a table's columns
 
 
 @dataclass(frozen=True)
@@ -50,13 +57,30 @@ class PredictionTable:
         name = self.target or "prediction"
         return f"{name} [{self.unit}]" if self.unit else name
 
-    def columns(self) -> dict[str, np.ndarray]:
-        """Return the table's columns by name: id, prediction(s), contributions of the views."""
+    def columns(self, reference: np.ndarray | None = None, part: str | None = None) -> dict[str, np.ndarray]:
+        """Return the table's columns by name, as "prediction band_gap [eV]".
+
+        The target stands behind "reference" or "prediction", so that whatever its name, no two columns have
+        the same.
+
+        Args:
+            reference: the true values, (n,), in the target's units; None leaves the column out.
+            part: of the dataset, the same for all crystals; None leaves the column out.
+
+        Returns:
+            id, part, reference, prediction(s), contributions of the views.
+        """
         columns = {"id": np.array(self.ids, dtype=object)}
+        if part is not None:
+            columns["part"] = np.full(len(self), part, dtype=object)
+        quantity = f" {self.target}" if self.target else ""
+        quantity += f" [{self.unit}]" if self.unit else ""
+        if reference is not None:
+            columns[f"{REFERENCE}{quantity}"] = reference
         if self.prediction.ndim == 1:
-            columns[self.label] = self.prediction
+            columns[f"{PREDICTION}{quantity}"] = self.prediction
         else:
-            columns |= {f"{self.label} {k}": column for k, column in enumerate(self.prediction.T)}
+            columns |= {f"{PREDICTION}{quantity} {k}": values for k, values in enumerate(self.prediction.T)}
         if self.contributions is not None:
             columns |= {
                 "se3_contribution": self.contributions[:, 0],
@@ -94,6 +118,22 @@ def check_table_path(path: str | Path) -> Path:
         raise ValueError(
             f"{path}: tables are written as .csv or .parquet, not as {path.suffix or 'a bare name'}"
         )
+    return path
+
+
+def check_new_table(path: str | Path, overwrite: bool) -> Path:
+    """Return `path` if a table may be written there, to be asked before the work.
+
+    Raises:
+        ValueError: as `check_table_path`.
+        FileNotFoundError: if its folder is missing.
+        FileExistsError: if it exists and `overwrite` is false.
+    """
+    path = check_table_path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}; make it first")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists; choose another name or pass --overwrite")
     return path
 
 
@@ -184,10 +224,15 @@ def predict_structures(
         batch_size: crystals at a time.
 
     Raises:
-        TypeError, ValueError: as `CrystalBatch.from_structures` and `predict_graphs`.
+        TypeError, ValueError: for a single structure, for more or fewer ids than structures, and as
+            `CrystalBatch.from_structures` and `predict_graphs`.
     """
+    if hasattr(structures, "frac_coords") or hasattr(structures, "get_scaled_positions"):
+        raise TypeError(f"structures is a single {type(structures).__name__}; pass a list of them")
     if ids is None:
         ids = [str(i) for i in range(len(structures))]
+    if len(ids) != len(structures):
+        raise ValueError(f"{len(ids)} ids were given for {len(structures)} structures")
     return predict_crystals(
         model,
         (
@@ -224,19 +269,7 @@ def predict_dataset(
     Returns:
         The predictions in the dataset's order, None if there are none; and the crystals left out.
     """
-    tables, rejects = [], []
-    for start in range(0, len(dataset), batch_size):
-        indices = np.arange(start, min(start + batch_size, len(dataset)))
-        try:
-            tables.append(predict_crystals(model, [dataset.gather(indices)]))
-        except ValueError:  # some crystal of this batch: find out which
-            for index in indices:
-                try:
-                    tables.append(predict_crystals(model, [dataset.gather([index])]))
-                except ValueError as error:
-                    name = dataset.ids[index]
-                    rejects.append(Reject(str(dataset.path), name, "no_prediction", name, str(error)))
-    return (PredictionTable.concatenate(tables) if tables else None), rejects
+    return _collect([_predict_dataset(model, dataset, batch_size)])
 
 
 def predict_paths(
@@ -248,12 +281,15 @@ def predict_paths(
 ) -> tuple[PredictionTable | None, list[Reject]]:
     """Predict the crystals of files, folders, archives (all that `data.prepare` reads) and datasets.
 
+    Crystals of one name, such as those of a/POSCAR and b/POSCAR, are all predicted; their ids are then where
+    they come from (file and row in it, or dataset and name).
+
     Args:
         model: a network for prediction.
-        paths: where the crystals are.
+        paths: where the crystals are; a path given twice counts once.
         batch_size: crystals at a time.
         workers: processes that read files; None for one a core.
-        console: where reading shows its progress; None for nowhere.
+        console: where progress and files without crystals are reported; None for nowhere.
 
     Returns:
         The predictions, None if there are none; and the records left out.
@@ -262,17 +298,77 @@ def predict_paths(
         PrepareError, DatasetError: if a path is missing or of an unknown format.
     """
     prediction_meta(model)  # complains before anything is read
-    datasets = [path for path in map(Path, paths) if (path / MANIFEST).is_file()]
-    files = [path for path in map(Path, paths) if path not in datasets]
-    results = [predict_dataset(model, CrystalDataset.open(path), batch_size) for path in datasets]
-    if files:
-        with TemporaryDirectory(prefix="mgt-fast-") as folder:
-            made = Path(folder) / "crystals"
-            prepare(files, made, targets=(), require_target="none", workers=workers, console=console)
-            with (made / "rejects.csv").open(newline="", encoding="utf-8") as rows:
-                unread = [Reject(**row) for row in csv.DictReader(rows)]
-            table, rejects = predict_dataset(model, CrystalDataset.open(made), batch_size)
-            results.append((table, unread + rejects))
-    tables = [table for table, _ in results if table is not None]
-    rejects = [reject for _, some in results for reject in some]
-    return (PredictionTable.concatenate(tables) if tables else None), rejects
+    unique = list(dict.fromkeys(map(Path, paths)))
+    is_dataset = [(path / MANIFEST).is_file() for path in unique]
+    datasets = [CrystalDataset.open(path) for path in itertools.compress(unique, is_dataset)]
+    files = [path for path, is_one in zip(unique, is_dataset, strict=True) if not is_one]
+    inputs = Inputs(files) if files else None
+    with nullcontext() if console is None else console.status("predicting") as status:
+        results = [_predict_dataset(model, dataset, batch_size) for dataset in datasets]
+        for result in _predict_files(model, inputs, batch_size, workers) if inputs else ():
+            results.append(result)
+            if status is not None:
+                status.update(f"{sum(len(sources) for _, sources, _ in results)} crystals predicted")
+    for note in inputs.notes if inputs and console is not None else ():
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+    return _collect(results)
+
+
+# Tables of batches, where each of their crystals comes from, and the crystals left out.
+_Result = tuple[list[PredictionTable], list[str], list[Reject]]
+
+
+def _predict_dataset(model: MGT, dataset: CrystalDataset, batch_size: int) -> _Result:
+    return _predict_rows(model, dataset, [f"{dataset.path}: {name}" for name in dataset.ids], batch_size)
+
+
+def _predict_rows(model: MGT, dataset: CrystalDataset, sources: Sequence[str], batch_size: int) -> _Result:
+    """Predict the crystals of a dataset, which come from `sources`."""
+    tables, kept, rejects = [], [], []
+    for start in range(0, len(dataset), batch_size):
+        indices = np.arange(start, min(start + batch_size, len(dataset)))
+        try:
+            tables.append(predict_crystals(model, [dataset.gather(indices)]))
+            kept += indices.tolist()
+        except ValueError:  # some crystal of this batch: find out which
+            for index in indices:
+                try:
+                    tables.append(predict_crystals(model, [dataset.gather([index])]))
+                    kept.append(index)
+                except ValueError as error:
+                    name = dataset.ids[index]
+                    rejects.append(Reject(sources[index], name, "no_prediction", name, str(error)))
+    return tables, [sources[index] for index in kept], rejects
+
+
+def _predict_files(model: MGT, inputs: Inputs, batch_size: int, workers: int | None) -> Iterator[_Result]:
+    """Predict the records of files, some hundred at a time, while others are being read."""
+    records = inputs.records()
+    size = max(batch_size, CHUNK_SIZE)
+    chunks = iter(lambda: list(itertools.islice(records, size)), [])
+    options = ParseOptions(targets={}, require_target="none")
+    for chunk, parsed in parse_all(chunks, options, workers or len(os.sched_getaffinity(0))):
+        unread = [
+            Reject(
+                chunk[i].source, chunk[i].id, fault.reason, str(fault.value)[:LONGEST_VALUE], fault.message
+            )
+            for i, fault in parsed.rejected
+        ]
+        crystals = CrystalDataset(Path(), [parsed.batch], {})
+        tables, sources, rejects = _predict_rows(
+            model, crystals, [chunk[i].source for i in parsed.kept], batch_size
+        )
+        yield tables, sources, unread + rejects
+
+
+def _collect(results: Sequence[_Result]) -> tuple[PredictionTable | None, list[Reject]]:
+    """Join results; crystals whose name is not unique are called by where they come from."""
+    tables = [table for some, _, _ in results for table in some]
+    rejects = [reject for _, _, some in results for reject in some]
+    if not tables:
+        return None, rejects
+    table = PredictionTable.concatenate(tables)
+    sources = [source for _, some, _ in results for source in some]
+    count = Counter(table.ids)
+    ids = (name if count[name] == 1 else source for name, source in zip(table.ids, sources, strict=True))
+    return replace(table, ids=tuple(ids)), rejects

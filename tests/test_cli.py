@@ -1,5 +1,7 @@
 import csv
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -30,6 +32,7 @@ TINY = [
     )
 ]
 TARGET = "formation_energy_per_atom"
+PREDICTION, REFERENCE = f"prediction {TARGET} [eV/atom]", f"reference {TARGET} [eV/atom]"
 
 
 def invoke(*arguments, status=0):
@@ -68,9 +71,7 @@ def rows_of(path):
 
 def test_pretrain_reports_its_losses_and_parts(runs):
     folder, pretrained, _ = runs
-    assert "pretraining on 28 crystals ((no part) 14, train 14)" in pretrained.output.replace(
-        "(train 14, (no part) 14)", "((no part) 14, train 14)"
-    )
+    assert "pretraining on 28 crystals (train 14, (no part) 14)" in pretrained.output
     assert "losses reported on 14 of 'val'" in pretrained.output
     records = read_metrics(folder / "pretrain")
     assert [record["epoch"] for record in records] == [1, 2]
@@ -99,7 +100,8 @@ def test_finetune_scores_every_sample_of_val_and_test(runs, dataset):
     targets = dict(zip(dataset.ids, dataset.targets[TARGET], strict=True))
     for part in ("val", "test"):
         chosen = [row for row in rows if row["part"] == part]
-        difference = [float(row[f"{TARGET} [eV/atom]"]) - targets[row["id"]] for row in chosen]
+        assert [float(row[REFERENCE]) for row in chosen] == [targets[row["id"]] for row in chosen]
+        difference = [float(row[PREDICTION]) - targets[row["id"]] for row in chosen]
         assert results[part]["model"]["count"] == 14
         assert results[part]["model"]["mae"] == pytest.approx(np.abs(difference).mean())
         assert results[part]["mean"]["mae"] > 0
@@ -121,7 +123,7 @@ def test_evaluate_scores_the_whole_part(runs, dataset, tmp_path):
     import pyarrow.parquet as pq
 
     table = pq.read_table(tmp_path / "p.parquet")
-    mae = np.abs(table["target"].to_numpy() - table[f"{TARGET} [eV/atom]"].to_numpy()).mean()
+    mae = np.abs(table[REFERENCE].to_numpy() - table[PREDICTION].to_numpy()).mean()
     assert f"MAE {mae:.6g} eV/atom" in result.output
 
 
@@ -131,9 +133,11 @@ def test_predictions_do_not_depend_on_the_batch(runs, dataset, tmp_path):
         invoke("evaluate", "-m", folder / "finetune", "--batch-size", size, "-o", tmp_path / f"{size}.csv")
     small, large = rows_of(tmp_path / "5.csv"), rows_of(tmp_path / "64.csv")
     assert [row["id"] for row in small] == [row["id"] for row in large]
-    name = f"{TARGET} [eV/atom]"
     np.testing.assert_allclose(
-        [float(row[name]) for row in small], [float(row[name]) for row in large], rtol=1e-4, atol=1e-4
+        [float(row[PREDICTION]) for row in small],
+        [float(row[PREDICTION]) for row in large],
+        rtol=1e-4,
+        atol=1e-4,
     )
 
 
@@ -162,10 +166,7 @@ def test_python_call_takes_structures_and_atoms_alike(runs, dataset):
     assert from_structures.label == f"{TARGET} [eV/atom]"
     np.testing.assert_allclose(from_atoms.prediction, from_structures.prediction, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(from_structures.contributions.sum(1), 1)
-    expected = {
-        row["id"]: float(row[f"{TARGET} [eV/atom]"])
-        for row in rows_of(folder / "finetune" / "predictions.csv")
-    }
+    expected = {row["id"]: float(row[PREDICTION]) for row in rows_of(folder / "finetune" / "predictions.csv")}
     for index, value in zip(indices, from_structures.prediction, strict=True):
         if dataset.ids[index] in expected:
             assert value == pytest.approx(expected[dataset.ids[index]], abs=1e-3)
@@ -181,10 +182,10 @@ def test_predict_reads_cif_folders_and_lists_what_it_cannot_read(runs, dataset, 
     (cifs / "broken.cif").write_text("data_broken\n_cell_length_a nonsense\n")
     result = invoke("predict", cifs, "-m", folder / "finetune", "-o", tmp_path / "out.csv", "-j", 1)
     rows = rows_of(tmp_path / "out.csv")
-    assert list(rows[0]) == ["id", f"{TARGET} [eV/atom]", "se3_contribution", "so3_contribution"]
+    assert list(rows[0]) == ["id", PREDICTION, "se3_contribution", "so3_contribution"]
     assert sorted(row["id"] for row in rows) == sorted(dataset.ids[i] for i in indices)
     expected = MGT.load(folder / "finetune").predict(structures(dataset, indices)).prediction
-    found = {row["id"]: float(row[f"{TARGET} [eV/atom]"]) for row in rows}
+    found = {row["id"]: float(row[PREDICTION]) for row in rows}
     np.testing.assert_allclose([found[dataset.ids[i]] for i in indices], expected, rtol=1e-3, atol=1e-3)
     assert "1 of 4" in result.stderr
     rejects = (tmp_path / "out.rejects.csv").read_text()
@@ -260,6 +261,9 @@ def test_prepare_fails_if_nothing_could_be_stored(tmp_path):
         (["finetune", "--from", "nothing.safetensors"], "no checkpoint nothing.safetensors"),
         (["finetune", "--set", "data.path=nothing"], "nothing is no dataset"),
         (["finetune", "--set", "data.fractions=[1, 0, 0]"], "part 'val' is empty"),
+        (["finetune", "--set", "data.held=val"], "unknown key 'data.held'"),
+        (["finetune", "--set", "optim.epochs=3"], "warmup_epochs = 10 is longer than the run, epochs = 3"),
+        (["finetune", "--set", "data.limit=1"], "training needs at least 2"),
         (["finetune", "--set", "backend=triton"], "no Triton kernels yet"),
         (["pretrain", "--set", "data.held_out=validation"], "part 'validation' is empty"),
         (["evaluate", "-m", "nothing.safetensors"], "no checkpoint nothing.safetensors"),
@@ -283,6 +287,86 @@ def test_a_checkpoint_and_a_contradicting_configuration(runs, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("key", "given", "kept"), [("max_neighbors", "9", "8"), ("compat", "comformer", "null")]
+)
+def test_a_checkpoint_and_contradicting_graphs(key, given, kept, runs, tmp_path):
+    arguments = ["finetune", "--from", runs[0] / "pretrain", "-s", f"data.{key}={given}"]
+    result = invoke(*arguments, "-o", tmp_path / "run", status=1)
+    assert f"data.{key} = {given}, but the checkpoint has {kept}" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("split", ["foo", "part"])
+def test_evaluate_lists_the_parts_there_are(split, runs):
+    result = invoke("evaluate", "-m", runs[0] / "finetune", "--split", split, status=1)
+    assert f"part {split!r} is empty" in result.stderr
+    assert 'choose "", test, train, val, all' in result.stderr
+    assert "fractions" not in result.stderr
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+def test_a_table_that_cannot_be_written_is_found_out_first(command, runs, tmp_path, monkeypatch):
+    def work(*_):
+        raise AssertionError("the work began")
+
+    monkeypatch.setattr("mgt_fast.checkpoint.load_checkpoint", work)
+    arguments = [command, *(["x.cif"] if command == "predict" else []), "-m", runs[0] / "finetune", "-o"]
+    assert "there is no folder" in invoke(*arguments, tmp_path / "none" / "out.csv", status=1).stderr
+    assert "written as .csv or .parquet" in invoke(*arguments, tmp_path / "out.txt", status=1).stderr
+    (tmp_path / "out.csv").write_text("precious")
+    assert "pass --overwrite" in invoke(*arguments, tmp_path / "out.csv", status=1).stderr
+    assert (tmp_path / "out.csv").read_text() == "precious"
+
+
+def test_tables_are_replaced_when_asked(runs, dataset, tmp_path):
+    write_cif(tmp_path / "a.cif", dataset.gather([0]))
+    out = tmp_path / "out.csv"
+    arguments = ["predict", tmp_path / "a.cif", "-m", runs[0] / "finetune", "-j", 1, "-o", out]
+    (tmp_path / "out.rejects.csv").write_text("precious")
+    assert "out.rejects.csv exists" in invoke(*arguments, status=1).stderr
+    out.write_text("old")
+    invoke(*arguments, "--overwrite")
+    assert [row["id"] for row in rows_of(out)] == ["a"]
+    assert not (tmp_path / "out.rejects.csv").exists()
+
+
+def test_the_command_line_does_not_wait_for_torch():
+    code = "import sys, mgt_fast.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"junk\n" * 20])
+def test_import_of_a_damaged_checkpoint(content, tmp_path):
+    (tmp_path / "junk.pt").write_bytes(content)
+    result = invoke("import-checkpoint", tmp_path / "junk.pt", "-o", tmp_path / "x.safetensors", status=1)
+    assert result.stderr.startswith(f"error: {tmp_path / 'junk.pt'} is damaged, or no file of plain tensors")
+
+
+@pytest.mark.parametrize("target", ["target", "id", "part"])
+def test_tables_of_a_target_with_an_awkward_name(target, dataset, tmp_path):
+    cifs = tmp_path / "cifs"
+    cifs.mkdir()
+    indices = np.flatnonzero(dataset.targets[TARGET] < 0)[:4]
+    values = dict(zip("abcd", dataset.targets[TARGET][indices], strict=True))
+    for name, index in zip(values, indices, strict=True):
+        write_cif(cifs / f"{name}.cif", dataset.gather([index]))
+    (cifs / "id_prop.csv").write_text("".join(f"{name},{value}\n" for name, value in values.items()))
+    own, run, table = tmp_path / "own", tmp_path / "run", tmp_path / "e.csv"
+    invoke("prepare", cifs, "-o", own, "-j", 1, "-t", f"target={target}")
+    settings = [f"data.target={target}", "data.fractions=[0.5,0.25,0.25]", f"data.path={own}"]
+    invoke("finetune", *TINY, *(f"--set={setting}" for setting in settings), "-o", run)
+    invoke("evaluate", "-m", run, "-d", own, "-o", table, "--split", "all")
+    for path, count in ((run / "predictions.csv", 2), (table, 4)):
+        rows = rows_of(path)
+        assert len(rows) == count
+        for row in rows:
+            reference, prediction = float(row[f"reference {target}"]), float(row[f"prediction {target}"])
+            assert reference == pytest.approx(values[row["id"]])
+            assert prediction != reference
+    assert {row["part"] for row in rows_of(run / "predictions.csv")} == {"val", "test"}
+
+
 def test_a_pretrained_network_does_not_predict(runs):
     folder, _, _ = runs
     result = invoke("evaluate", "-m", folder / "pretrain", "--target", TARGET, status=1)
@@ -293,7 +377,7 @@ def test_a_second_run_does_not_replace_the_first_unasked(runs):
     folder, _, _ = runs
     before = (folder / "pretrain" / "metrics.jsonl").read_text()
     result = invoke("pretrain", *TINY, "-o", folder / "pretrain", status=1)
-    assert "already holds a run" in result.stderr
+    assert "already holds config.yaml, metrics.jsonl" in result.stderr
     assert (folder / "pretrain" / "metrics.jsonl").read_text() == before
 
 

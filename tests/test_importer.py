@@ -113,9 +113,23 @@ class Payload:
 def test_code_in_a_checkpoint_is_not_run(tmp_path):
     victim = tmp_path / "written"
     torch.save({"state_dict": golden_state(), "hook": Payload(str(victim))}, tmp_path / "evil.pt")
-    with pytest.raises(ValueError, match=r"evil\.pt is no file of plain tensors"):
+    with pytest.raises(ValueError, match=r"evil\.pt is damaged, or no file of plain tensors"):
         load_published_checkpoint(tmp_path / "evil.pt")
     assert not victim.exists()
+
+
+def damaged(path):
+    torch.save(golden_state(), path)
+    whole = path.read_bytes()
+    return {"empty": b"", "junk": b"junk\n" * 20, "text": b"no checkpoint", "cut": whole[: len(whole) // 2]}
+
+
+@pytest.mark.parametrize("kind", ["empty", "junk", "text", "cut"])
+def test_a_damaged_file_is_refused(kind, tmp_path):
+    path = tmp_path / "published.pt"
+    path.write_bytes(damaged(path)[kind])
+    with pytest.raises(ValueError, match=r"published\.pt is damaged, or no file of plain tensors"):
+        load_published_checkpoint(path)
 
 
 @pytest.mark.parametrize(

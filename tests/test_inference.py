@@ -1,4 +1,5 @@
 import csv
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -9,7 +10,7 @@ from mgt_fast.checkpoint import CheckpointMeta
 from mgt_fast.config import MGTConfig
 from mgt_fast.data import CrystalDataset, DatasetWriter
 from mgt_fast.data.store import record_batch
-from mgt_fast.inference import PredictionTable, predict_dataset, predict_structures
+from mgt_fast.inference import PredictionTable, predict_dataset, predict_paths, predict_structures
 from mgt_fast.model import MGT
 
 SIZES = {"channels": 8, "num_scalars": 4, "num_vectors": 2, "num_blocks": 1, "expert_hidden": 4}
@@ -115,13 +116,67 @@ def test_a_pretrained_network_does_not_predict():
 def test_concatenated_views_have_no_contributions(tmp_path):
     table = predict_structures(network(fusion="concat"), salts(2))
     assert table.contributions is None
-    assert list(table.columns()) == ["id", "gap [eV]"]
+    assert list(table.columns()) == ["id", "prediction gap [eV]"]
+
+
+@pytest.mark.parametrize(
+    "target", ["id", "part", "target", "reference", "prediction", "se3_contribution", None]
+)
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_no_name_of_a_target_hides_a_column(target, outputs):
+    reference, prediction = np.array([1.0, 2.0]), np.array([3.0, 4.0])
+    predictions = prediction if outputs == 1 else np.stack([prediction, prediction + 2], axis=1)
+    table = PredictionTable(("a", "b"), predictions, np.array([[0.25, 0.75], [1, 0]]), target)
+    columns = list(table.columns(reference, "val").values())
+    expected = [["a", "b"], ["val", "val"], [1, 2], [3, 4], [5, 6], [0.25, 1], [0.75, 0]]
+    del expected[3 + outputs : 5]
+    assert [column.tolist() for column in columns] == expected
+
+
+def test_a_single_structure_is_no_list_of_atoms():
+    atoms = salts(1)[0]
+    with pytest.raises(TypeError, match="structures is a single Atoms; pass a list"):
+        predict_structures(network(), atoms)
+    from pymatgen.core import Structure
+
+    structure = Structure(atoms.cell[:], atoms.numbers.tolist(), SALT)
+    with pytest.raises(TypeError, match="structures is a single Structure; pass a list"):
+        predict_structures(network(), structure)
+
+
+@pytest.mark.parametrize("ids", [["a"], ["a", "b", "c", "d"]])
+def test_as_many_ids_as_structures(ids):
+    with pytest.raises(ValueError, match=f"{len(ids)} ids were given for 3 structures"):
+        predict_structures(network(), salts(3), ids=ids, batch_size=3)
+
+
+def test_files_of_one_name_are_all_predicted(tmp_path):
+    crystals = dict(zip(["a/POSCAR", "b/POSCAR", "c/salt.vasp"], salts(3), strict=True))
+    for name, atoms in crystals.items():
+        (tmp_path / name).parent.mkdir()
+        atoms.write(tmp_path / name, format="vasp")
+    paths = [tmp_path / name for name in crystals]
+    table, rejects = predict_paths(network(), [*paths, paths[0]], workers=1)
+    assert table.ids == (str(paths[0]), str(paths[1]), "salt")
+    assert rejects == []
+    np.testing.assert_allclose(
+        table.prediction, predict_structures(network(), salts(3)).prediction, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_datasets_that_share_names_are_all_predicted(dataset, tmp_path):
+    shutil.copytree(tmp_path / "salts", tmp_path / "again")
+    table, rejects = predict_paths(network(), [tmp_path / "salts", tmp_path / "again"])
+    assert table.ids == tuple(
+        f"{tmp_path / name}: salt-{i}" for name in ("salts", "again") for i in (0, 2, 4)
+    )
+    assert len(rejects) == 4
 
 
 def test_several_outputs_become_several_columns():
     table = predict_structures(network(output_dim=2), salts(2))
     assert table.prediction.shape == (2, 2)
-    assert list(table.columns())[:3] == ["id", "gap [eV] 0", "gap [eV] 1"]
+    assert list(table.columns())[:3] == ["id", "prediction gap [eV] 0", "prediction gap [eV] 1"]
 
 
 def test_tables_are_written_as_csv_and_parquet(tmp_path):
@@ -132,10 +187,15 @@ def test_tables_are_written_as_csv_and_parquet(tmp_path):
         table.write(tmp_path / name)
     with (tmp_path / "t.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert rows[1] == {"id": "b,c", "gap [eV]": "-1e-9", "se3_contribution": "1", "so3_contribution": "0"}
+    assert rows[1] == {
+        "id": "b,c",
+        "prediction gap [eV]": "-1e-9",
+        "se3_contribution": "1",
+        "so3_contribution": "0",
+    }
     assert pq.read_table(tmp_path / "t.parquet").to_pydict() == {
         "id": ["a", "b,c"],
-        "gap [eV]": [1.5, -1e-9],
+        "prediction gap [eV]": [1.5, -1e-9],
         "se3_contribution": [0.25, 1.0],
         "so3_contribution": [0.75, 0.0],
     }

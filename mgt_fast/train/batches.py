@@ -67,19 +67,32 @@ def select_parts(
     return parts
 
 
-def require_part(parts: dict[str, np.ndarray], name: str, purpose: str) -> np.ndarray:
+def require_part(
+    parts: dict[str, np.ndarray],
+    name: str,
+    purpose: str,
+    remedy: str = 'to draw random parts, pass --set "data.fractions=[0.8,0.1,0.1]"',
+) -> np.ndarray:
     """Return the crystals of a part.
 
     Raises:
-        DataError: if it has none; the message says what there is and how to draw random parts.
+        DataError: if it has none; the message holds `purpose`, the parts there are, and `remedy`.
     """
     if len(parts.get(name, ())):
         return parts[name]
     sizes = ", ".join(f"{part or '(no part)'}: {len(indices)}" for part, indices in parts.items()) or "none"
     raise DataError(
         f"no crystal to {purpose}: part {name or '(no part)'!r} is empty (crystals by part: {sizes}); "
-        "set data.fractions, for example [0.8, 0.1, 0.1], to draw random parts"
+        f"{remedy}"
     )
+
+
+def require_two(dataset: CrystalDataset, train: np.ndarray) -> None:
+    """Raise DataError if there is only one crystal to learn from: batch normalisation needs two."""
+    if len(train) == 1:
+        raise DataError(
+            f"the only crystal to learn from is {dataset.ids[train[0]]}; training needs at least 2"
+        )
 
 
 def split_evenly(n: int, batch_size: int, smallest: int = 1) -> list[int]:

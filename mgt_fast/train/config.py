@@ -116,6 +116,15 @@ class OptimConfig(_Section):
     batch_size: Annotated[int, Field(ge=2)]
     grad_clip: PositiveFloat | None = None
 
+    @model_validator(mode="after")
+    def _reaches_peak(self) -> Self:
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(
+                f"warmup_epochs = {self.warmup_epochs:g} is longer than the run, epochs = {self.epochs}, "
+                "which would never reach lr; set both"
+            )
+        return self
+
 
 class PretrainingConfig(_Section):
     """The pretraining losses.

@@ -51,10 +51,13 @@ def evaluate(
         batch_size: crystals at a time.
 
     Raises:
-        DataError: if target or part are missing, or the units of checkpoint and dataset differ.
+        DataError: if target or part are missing, the units of checkpoint and dataset differ, or the network
+            has several outputs.
     """
     meta = prediction_meta(model)
     name = target or meta.target
+    if model.config.output_dim != 1:
+        raise DataError(f"the network has {model.config.output_dim} outputs; only one target is evaluated")
     if name is None:
         raise DataError("the checkpoint does not say what it predicts; name the dataset's column (--target)")
     targets = target_values(dataset, name)
@@ -68,7 +71,9 @@ def evaluate(
     if part == ALL:
         indices, missing = np.flatnonzero(known), int((~known).sum())
     else:
-        indices = require_part(select_parts(dataset, data, seed, known), part, "evaluate")
+        parts = select_parts(dataset, data, seed, known)
+        valid = [name or '""' for name, members in parts.items() if len(members)]
+        indices = require_part(parts, part, "evaluate", f"choose {', '.join([*valid, ALL])}")
         missing = 0 if data.fractions else int((~known & (dataset.split == part)).sum())
     if not len(indices):
         raise DataError(f"no crystal of the dataset has a {name}")

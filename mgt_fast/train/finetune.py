@@ -29,6 +29,7 @@ from .batches import (
     DataError,
     GraphSource,
     require_part,
+    require_two,
     select_parts,
     shuffled_batches,
     split_evenly,
@@ -37,7 +38,7 @@ from .batches import (
 from .config import FinetuneConfig
 from .loop import fit
 from .runlog import PREDICTIONS, RunLog
-from .setup import check_encoder_sizes, describe_parts, manifest_digest, start_torch
+from .setup import check_fits_checkpoint, describe_parts, manifest_digest, start_torch
 from .targets import TargetScaling, errors, trivial_errors
 
 _LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}
@@ -111,7 +112,7 @@ def finetune(
 
     Raises:
         ConfigError, CheckpointError: if the checkpoint does not fit the configuration.
-        DataError: if the target is unknown or a part is empty.
+        DataError: if the target is unknown, a part is empty or there is one crystal to learn from.
         NonFiniteLossError: see `loop.fit`.
     """
     device = start_torch(config)
@@ -119,8 +120,10 @@ def finetune(
     targets = target_values(dataset, config.data.target)
     known = _known(dataset, targets, config.data.target)
     parts = select_parts(dataset, config.data, config.seed, known)
-    train_targets = targets[require_part(parts, "train", "learn from")]
+    train = require_part(parts, "train", "learn from")
     require_part(parts, "val", "choose the best epoch on")
+    require_two(dataset, train)
+    train_targets = targets[train]
     scaling = TargetScaling.fit(train_targets) if config.data.scale_target else TargetScaling()
     source = GraphSource(dataset, config.data.max_neighbors, config.data.compat, device)
 
@@ -130,7 +133,7 @@ def finetune(
     origin = "from scratch"
     if start is not None:
         state, start_meta = load_checkpoint(start)
-        check_encoder_sizes(config, start_meta)
+        check_fits_checkpoint(config, start_meta)
         fresh, unused = transfer_weights(model, state)
         origin = (
             f"from {start} (newly initialised: {', '.join(fresh) or 'nothing'}; "
@@ -194,9 +197,7 @@ def _score(task: FinetuneTask, train_targets: np.ndarray, folder: Path) -> dict[
             "model": errors(target, table.prediction),
             **trivial_errors(target, train_targets),
         }
-        known = {"part": np.full(len(table), part, dtype=object), "target": target}
-        predicted = table.columns()
-        columns.append({"id": predicted.pop("id"), **known, **predicted})
+        columns.append(table.columns(target, part))
     write_table(
         folder / PREDICTIONS, {name: np.concatenate([c[name] for c in columns]) for name in columns[0]}
     )

@@ -13,7 +13,7 @@ from ..data import CrystalDataset
 from ..graph import CrystalGraph
 from ..losses import PretrainingLoss, draw_noise, pretraining_loss
 from ..model import MGT
-from .batches import GraphSource, require_part, select_parts, shuffled_batches, split_evenly
+from .batches import GraphSource, require_part, require_two, select_parts, shuffled_batches, split_evenly
 from .config import PretrainConfig
 from .loop import FitResult, fit
 from .runlog import RunLog
@@ -99,7 +99,7 @@ def pretrain(
         overwrite: replace the run that the folder may hold.
 
     Raises:
-        DataError: if there is no crystal to learn from or to hold out.
+        DataError: if there are fewer than two crystals to learn from or none to hold out.
         NonFiniteLossError: see `loop.fit`.
     """
     device = start_torch(config)
@@ -110,6 +110,7 @@ def pretrain(
     if not chosen:
         require_part(parts, config.data.train[0] if config.data.train else "train", "learn from")
     train = np.sort(np.concatenate(list(chosen.values())))
+    require_two(dataset, train)
     source = GraphSource(dataset, config.data.max_neighbors, config.data.compat, device)
     model = MGT(config.model, backend=config.backend).to(device)
     digest = manifest_digest(dataset)

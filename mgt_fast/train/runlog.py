@@ -34,14 +34,18 @@ class RunLog:
             overwrite: remove the run that the folder may already hold.
 
         Raises:
-            FileExistsError: if the folder holds a run and `overwrite` is false.
+            FileExistsError: if the folder holds anything that a run writes and `overwrite` is false.
         """
         self.folder = Path(folder)
         self.console = console
-        if (self.folder / METRICS).exists() and not overwrite:
-            raise FileExistsError(f"{folder} already holds a run; choose another folder or pass --overwrite")
+        files = (CONFIG, METRICS, RESULTS, PREDICTIONS, BEST, LAST)
+        held = [name for name in (*files, _TENSORBOARD) if (self.folder / name).exists()]
+        if held and not overwrite:
+            raise FileExistsError(
+                f"{folder} already holds {', '.join(held)}; choose another folder or pass --overwrite"
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name in (METRICS, RESULTS, PREDICTIONS, BEST, LAST):
+        for name in files:
             (self.folder / name).unlink(missing_ok=True)
         shutil.rmtree(self.folder / _TENSORBOARD, ignore_errors=True)
         (self.folder / CONFIG).write_text(dump_config(config), encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Mapping
 from typing import Any
@@ -14,8 +13,9 @@ from ..data import CrystalDataset
 from ..data.store import MANIFEST
 from .config import ConfigError, RunConfig
 
-# What a checkpoint fixes about the network that continues from it.
+# What a checkpoint fixes about the network that continues from it, and about its graphs.
 ENCODER_SIZES = ("channels", "num_scalars", "num_vectors", "num_blocks")
+GRAPH_KEYS = ("max_neighbors", "compat")
 
 
 def start_torch(config: RunConfig) -> torch.device:
@@ -44,19 +44,26 @@ def resolve_device(name: str) -> torch.device:
 def values_from_checkpoint(meta: CheckpointMeta) -> dict[str, Any]:
     """Return what a run that continues from a checkpoint takes from it, for `load_config(base=...)`."""
     network = {name: getattr(meta.model, name) for name in (*ENCODER_SIZES, "views")}
-    return {"model": network, "data": {"max_neighbors": meta.max_neighbors, "compat": meta.compat}}
+    return {"model": network, "data": {name: getattr(meta, name) for name in GRAPH_KEYS}}
 
 
-def check_encoder_sizes(config: RunConfig, meta: CheckpointMeta) -> None:
-    """Raise ConfigError if the configuration contradicts the checkpoint that the run continues from."""
-    ours, theirs = dataclasses.asdict(config.model), dataclasses.asdict(meta.model)
+def check_fits_checkpoint(config: RunConfig, meta: CheckpointMeta) -> None:
+    """Raise ConfigError if sizes or graphs contradict the checkpoint that the run continues from."""
+    pairs = {
+        f"model.{name}": (getattr(config.model, name), getattr(meta.model, name)) for name in ENCODER_SIZES
+    }
+    pairs |= {f"data.{name}": (getattr(config.data, name), getattr(meta, name)) for name in GRAPH_KEYS}
     faults = [
-        f"model.{name} = {ours[name]}, but the checkpoint has {theirs[name]}"
-        for name in ENCODER_SIZES
-        if ours[name] != theirs[name]
+        f"{key} = {_in_yaml(ours)}, but the checkpoint has {_in_yaml(theirs)}"
+        for key, (ours, theirs) in pairs.items()
+        if ours != theirs
     ]
     if faults:
         raise ConfigError("; ".join(faults) + "; leave these keys out to take the checkpoint's")
+
+
+def _in_yaml(value: int | str | None) -> str:
+    return "null" if value is None else str(value)
 
 
 def manifest_digest(dataset: CrystalDataset) -> str:

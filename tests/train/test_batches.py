@@ -7,6 +7,7 @@ from mgt_fast.train.batches import (
     DataError,
     GraphSource,
     require_part,
+    require_two,
     select_parts,
     shuffled_batches,
     split_evenly,
@@ -76,6 +77,12 @@ def test_empty_part_says_what_there_is(dataset):
     parts = select_parts(dataset, DataConfig(), seed=0)
     with pytest.raises(DataError, match=r"no crystal to learn from: part 'training' is empty .*train: 10"):
         require_part(parts, "training", "learn from")
+
+
+def test_one_crystal_is_too_few_to_learn_from(dataset):
+    require_two(dataset, np.array([3, 4]))
+    with pytest.raises(DataError, match=r"the only crystal to learn from is salt-3; .*at least 2"):
+        require_two(dataset, np.array([3]))
 
 
 @pytest.mark.parametrize(

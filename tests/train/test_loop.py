@@ -115,11 +115,22 @@ def test_run_folder_is_not_overwritten_unasked(tmp_path):
     with RunLog(tmp_path / "run", FinetuneConfig(), console) as log:
         log.record(1, {"val_mae": 2.0})
         log.write_results({"a": 1})
-    with pytest.raises(FileExistsError, match="already holds a run"):
+    with pytest.raises(FileExistsError, match=r"already holds config\.yaml, metrics\.jsonl, results\.json;"):
         RunLog(tmp_path / "run", FinetuneConfig(), console)
     with RunLog(tmp_path / "run", FinetuneConfig(), console, overwrite=True):
         pass
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.yaml", METRICS]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.yaml", METRICS, "results.json", "predictions.csv", "best.safetensors", "last.safetensors"],
+)
+def test_no_file_of_the_users_is_replaced_unasked(name, tmp_path):
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(FileExistsError, match=f"already holds {name}; .*--overwrite"):
+        RunLog(tmp_path, FinetuneConfig(), Console(file=io.StringIO()))
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "precious")]
 
 
 def test_tensorboard_on_request(tmp_path):

@@ -24,9 +24,9 @@ def test_packaged_files_are_valid(path):
 
 def test_override_wins_over_file_and_file_over_base(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text("optim: {lr: 1e-3, epochs: 7}\n")
+    file.write_text("optim: {lr: 1e-3, epochs: 13}\n")
     config = load_config(
-        FinetuneConfig, file, ["optim.epochs=9", "optim.epochs=11"], {"optim": {"lr": 1.0, "batch_size": 3}}
+        FinetuneConfig, file, ["optim.epochs=12", "optim.epochs=11"], {"optim": {"lr": 1.0, "batch_size": 3}}
     )
     assert (config.optim.lr, config.optim.epochs, config.optim.batch_size) == (1e-3, 11, 3)
     assert config.optim.weight_decay == FinetuneConfig().optim.weight_decay
@@ -61,6 +61,7 @@ def test_override_values_are_yaml(override, section, key, expected):
         ("data.fractions=[0.5, 0.2, 0.2]", r"add up to 0.9, not to 1"),
         ("loss=mae", r"loss = 'mae'"),
         ("optim=3", r"optim = 3"),
+        ("optim.epochs=9", r"optim: warmup_epochs = 10 is longer than the run, epochs = 9"),
         ("optim.lr", r"expected section.key=value"),
         (".lr=1", r"expected section.key=value"),
         ("optim.lr=[", r"not valid YAML"),
@@ -69,6 +70,18 @@ def test_override_values_are_yaml(override, section, key, expected):
 def test_faults_name_the_key(override, message):
     with pytest.raises(ConfigError, match=message):
         load_config(FinetuneConfig, None, [override])
+
+
+def test_warmup_may_last_the_whole_run():
+    optim = load_config(FinetuneConfig, None, ["optim.epochs=10"]).optim
+    assert optim.epochs == optim.warmup_epochs == 10
+
+
+def test_packaged_files_leave_a_checkpoints_graphs_and_views_alone():
+    base = {"data": {"max_neighbors": 7, "compat": "comformer"}, "model": {"views": "se3"}}
+    for name in ("finetune", "demo_finetune"):
+        config = load_config(FinetuneConfig, name, base=base)
+        assert (config.data.max_neighbors, config.data.compat, config.model.views) == (7, "comformer", "se3")
 
 
 def test_all_faults_are_reported_together():
