@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .data.elements import cgcnn_features
+from .elements import cgcnn_features
 from .graph import CrystalGraph
 from .kernels.activations import softplus
 from .kernels.edge_attention import edge_attention

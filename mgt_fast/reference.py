@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mgt_fast.config import MGTConfig
-from mgt_fast.data.elements import cgcnn_features
+from mgt_fast.elements import cgcnn_features
 from mgt_fast.graph import CrystalGraph
 from mgt_fast.outputs import EdgeNoise, MGTOutput
 

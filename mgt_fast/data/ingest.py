@@ -19,15 +19,17 @@ import pyarrow as pa
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from mgt_fast.data.parse import REQUIREMENTS, Parsed, ParseOptions, parse_all
-from mgt_fast.data.readers.base import PrepareError, RawRecord, RecordError, target_value
-from mgt_fast.data.readers.inputs import Inputs, read_text
-from mgt_fast.data.store import DEFAULT_SHARD_SIZE, SPLITS, DatasetWriter, Target, check_output
+from .parse import REQUIREMENTS, Parsed, ParseOptions, parse_all
+from .readers.base import Faulty, PrepareError, RawRecord, RecordError, target_value
+from .readers.inputs import Inputs, read_text
+from .store import DEFAULT_SHARD_SIZE, SPLITS, DatasetWriter, Target, check_output
 
 REJECTS = "rejects.csv"
 CHUNK_SIZE = 256  # records a worker takes at a time
 SAMPLE_SIZE = 1000  # records in which targets are looked for
 PLAIN_INTERVAL = 10.0  # seconds between progress lines where there is no terminal
+SPLIT_COLUMN = "split"
+LONGEST_EXAMPLE = 30  # characters of a value that a note shows
 LONGEST_VALUE = 200  # characters of a value at fault that rejects.csv shows
 
 
@@ -96,13 +98,15 @@ def prepare(
         inputs: what to read; formats are recognised (see `mgt_fast.data.readers`).
         output: folder of the dataset; it appears when complete.
         targets: keys (columns) to store, or a mapping from keys to names in the dataset. When absent: every
-            key whose values in the first 1,000 records are numbers or missing.
+            key whose values in the first 1,000 records are numbers for the most part; a record with another
+            value there is rejected (`target_not_a_number`).
         units: unit of targets, by name in the dataset.
         require_target: reject a record that lacks "any" (it has not a single target), "all" (it lacks one of
             them), or "none".
         labels: an id_prop.csv with the targets of CIF and POSCAR files; one in or beside the input is found.
         split_file: part of each crystal: a JSON object {"train": ids, "val": ids, "test": ids} (lists, or
-            objects with ids as keys; may be zipped) or a csv with the columns id and split.
+            objects with ids as keys; may be zipped) or a csv with the columns id and split. When absent, a
+            column `split` of the records counts, if it holds train, val, test or nothing.
         format: format of all files, instead of detection.
         workers: worker processes; as many as there are cores when absent, 1 for none.
         shard_size: crystals a shard.
@@ -110,13 +114,14 @@ def prepare(
         console: where to show progress; nowhere when absent.
 
     Raises:
-        PrepareError: for an input that is missing, damaged as a whole or of an unknown format, and for wrong
-            arguments. Nothing is written then.
+        PrepareError: for a named input that is missing, damaged as a whole or of an unknown format, and for
+            wrong arguments. Nothing is written then. A file inside a folder or an archive that cannot be read
+            is one rejected record instead (`unreadable_file`).
         DatasetError: if `output` exists and may not be overwritten.
     """
     started = time.perf_counter()
     output = Path(output)
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = len(os.sched_getaffinity(0)) if workers is None else workers
     if workers < 1:
         raise PrepareError(f"workers = {workers}; it must be at least 1")
     if require_target not in REQUIREMENTS:
@@ -128,14 +133,18 @@ def prepare(
 
     records = source.records()
     sample = list(itertools.islice(records, SAMPLE_SIZE))
+    by_column = not split_file and _has_split_column(sample)
+
+    def with_part(record: RawRecord) -> RawRecord:
+        return _part_from_column(record) if by_column else replace(record, split=parts.get(record.id, ""))
+
+    sample = [with_part(record) for record in sample]
+    records = map(with_part, records)
     keys = _TargetKeys(sample, targets)
     wrong = set(units or {}) - set(keys.names.values())
     if wrong:
         raise PrepareError(f"a unit was given for {min(wrong)!r}, which is no target of the dataset")
-    stream = (
-        replace(record, split=parts.get(record.id, ""))
-        for record in itertools.chain(sample, keys.watch(records))
-    )
+    stream = itertools.chain(sample, keys.watch(records))
 
     summary = PrepareSummary(output, targets=Counter(dict.fromkeys(keys.names.values(), 0)))
     info = {name: Target((units or {}).get(name, "")) for name in keys.names.values()}
@@ -157,6 +166,8 @@ def prepare(
                 rejects.writerow([chunk[i].source, chunk[i].id, error.reason, value, error.message])
             show()
     summary.notes += source.notes + keys.notes()
+    if by_column:
+        summary.notes.append(f"the column {SPLIT_COLUMN!r} told the part of each crystal")
     absent = len(parts.keys() - ids)
     if absent:
         summary.notes.append(f"{absent} of the {len(parts)} ids in {split_file} are not in the dataset")
@@ -168,12 +179,16 @@ class _TargetKeys:
     """Which keys of the records become targets, from a sample of the records or as the user says."""
 
     def __init__(self, sample: Sequence[RawRecord], wanted: Sequence[str] | Mapping[str, str] | None):
-        kinds: dict[str, set[str]] = {}
+        kinds: dict[str, Counter] = {}
+        self._dropped: dict[str, object] = {}  # an example of what a key holds instead of numbers
         for record in sample:
             for key, raw in record.targets.items():
-                kinds.setdefault(key, set()).add(_kind(raw))
+                kind = _kind(raw)
+                kinds.setdefault(key, Counter())[kind] += 1
+                if kind == "other":
+                    self._dropped.setdefault(key, raw)
         if wanted is None:
-            self.names = {key: key for key, kind in kinds.items() if "number" in kind and "other" not in kind}
+            self.names = {key: key for key, count in kinds.items() if count["number"] > count["other"]}
         else:
             self.names = dict(wanted) if isinstance(wanted, Mapping) else {key: key for key in wanted}
             unknown = [key for key in self.names if key not in kinds]
@@ -185,24 +200,46 @@ class _TargetKeys:
             if len(set(self.names.values())) < len(self.names):
                 raise PrepareError(f"two targets have the same name: {', '.join(self.names.values())}")
         # A key whose kind the sample has settled needs no more attention.
-        self._settled = {key for key, kind in kinds.items() if kind != {"missing"}}
+        self._settled = {key for key, count in kinds.items() if count.keys() != {"missing"}}
         self._choose = wanted is None
+        for key in self.names if self._choose else list(self._dropped):
+            self._dropped.pop(key, None)
         self._late: dict[str, str] = {}
 
     def watch(self, records: Iterator[RawRecord]) -> Iterator[RawRecord]:
         """Pass records on and remember keys with numbers that the sample did not show."""
         for record in records:
             for key in record.targets.keys() - self._settled if self._choose else ():
-                if _kind(record.targets[key]) == "number":
+                kind = _kind(record.targets[key])
+                if kind == "number":
                     self._late.setdefault(key, record.source)
+                elif kind == "other":
+                    self._dropped.setdefault(key, record.targets[key])
             yield record
 
     def notes(self) -> list[str]:
-        """Return what was left out for coming too late."""
-        return [
+        """Return what was left out: what holds no numbers, and what came too late."""
+        examples = [f"{key} ({raw!s:.{LONGEST_EXAMPLE}})" for key, raw in self._dropped.items()]
+        not_numbers = [f"not numbers, left out: {', '.join(examples)}"] if examples else []
+        return not_numbers + [
             f"{key!r} has its first value only in {where} and is left out; name the targets to store it"
             for key, where in sorted(self._late.items())
         ]
+
+
+def _has_split_column(sample: Sequence[RawRecord]) -> bool:
+    """Say whether the records have a column `split` with nothing but train, val, test and gaps in it."""
+    values = [record.targets.get(SPLIT_COLUMN) or "" for record in sample]
+    return any(values) and all(value in SPLITS for value in values)
+
+
+def _part_from_column(record: RawRecord) -> RawRecord:
+    targets = dict(record.targets)
+    part = targets.pop(SPLIT_COLUMN, None) or ""
+    if part in SPLITS:
+        return replace(record, split=part, targets=targets)
+    fault = Faulty(part, f"{SPLIT_COLUMN} is {part!r:.100}, none of train, val and test", "unknown_split")
+    return replace(record, payload=fault, targets=targets)
 
 
 def _kind(raw: object) -> str:

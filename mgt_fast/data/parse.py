@@ -1,8 +1,10 @@
 """The part of the ingest that runs in worker processes: raw records to checked crystals.
 
-A structure is refused for one of these reasons: `unreadable_cif`, `unreadable_record`, `not_finite`,
-`unknown_element`, `partial_occupancy`, `near_zero_volume`, `atoms_too_close`; a target for `not_finite`,
-`target_not_a_number`, `missing_target`; and a record on which the parser itself died for `parser_failure`.
+A structure is refused for one of these reasons: `unreadable_cif`, `unreadable_record`, `unreadable_file`,
+`not_finite`, `unknown_element`, `partial_occupancy`, `near_zero_volume`, `bad_cell` (its volume overflows, or
+it is skewed beyond measure), `bad_coordinates` (a million cells away), `atoms_too_close`; a target for
+`not_finite`, `target_not_a_number`, `missing_target`; a part for `unknown_split`; and a record on which the
+parser itself died for `parser_failure`.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import faulthandler
 import math
 import os
+import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -21,13 +24,15 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from mgt_fast.data.readers.base import Crystal, RawRecord, RecordError, target_value
-from mgt_fast.data.store import record_batch
-from mgt_fast.graph import neighbor_list
-from mgt_fast.structures import CrystalBatch
+from ..graph import neighbor_list
+from ..structures import CrystalBatch
+from .readers.base import Crystal, RawRecord, RecordError, target_value
+from .store import record_batch
 
 REQUIREMENTS = ("any", "all", "none")
 MIN_DISTANCE = 0.5  # Å
+# How the neighbour list says that atoms, or an atom and its image, all but coincide.
+_DISTANCE = re.compile(r"(?:are|is) (\S+) Å (?:apart|from its own image)")
 
 
 @dataclass(frozen=True)
@@ -106,14 +111,17 @@ def _targets(raw: Mapping[str, object], options: ParseOptions) -> dict[str, floa
 
 
 def _crowded(crystals: Sequence[Crystal], ids: Sequence[str]) -> dict[int, RecordError]:
-    """Return the crystals with atoms, periodic images among them, closer than 0.5 Å."""
+    """Return the crystals with atoms, images among them, closer than 0.5 Å, or with an impossible cell."""
     if not crystals:
         return {}
     try:
         closest = _closest_pairs(crystals, ids)
-    except ValueError as error:  # the neighbour list refuses atoms that all but coincide
+    except ValueError as error:  # the neighbour list refuses atoms that all but coincide, and some cells
         if len(crystals) == 1:
-            return {0: RecordError("atoms_too_close", 0, str(error))}
+            distance = _DISTANCE.search(str(error))
+            if distance:
+                return {0: RecordError("atoms_too_close", distance[1], str(error))}
+            return {0: RecordError("bad_cell", crystals[0].cell.tolist(), str(error))}
         one_by_one = enumerate(zip(crystals, ids, strict=True))
         return {i: e for i, (crystal, name) in one_by_one for e in _crowded([crystal], [name]).values()}
     return {

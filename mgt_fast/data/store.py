@@ -6,7 +6,7 @@ Arrow IPC file of one record batch, so that every column is one contiguous buffe
     column       Arrow type                  meaning
     id           string                      unique name of the crystal
     numbers      list<uint8>                 atomic numbers
-    frac_coords  list<float>                 fractional coordinates, three an atom
+    frac_coords  list<double>                fractional coordinates, three an atom, inside the cell or not
     cell         fixed_size_list<double>[9]  lattice vectors as rows, Å
     pbc          uint8                       bit i: periodic along lattice vector i
     split        dictionary<string>          "train", "val", "test" or "" (in none of them)
@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from mgt_fast.structures import CrystalBatch
+from ..structures import CrystalBatch
 
 FORMAT = "mgt-fast dataset"
 FORMAT_VERSION = 1
@@ -40,7 +40,7 @@ MAX_SHARD_ATOMS = 2**29  # three coordinates each must stay within Arrow's 32-bi
 STRUCTURE_FIELDS = (
     pa.field("id", pa.string(), nullable=False),
     pa.field("numbers", pa.list_(pa.uint8()), nullable=False),
-    pa.field("frac_coords", pa.list_(pa.float32()), nullable=False),
+    pa.field("frac_coords", pa.list_(pa.float64()), nullable=False),
     pa.field("cell", pa.list_(pa.float64(), 9), nullable=False),
     pa.field("pbc", pa.uint8(), nullable=False),
     pa.field("split", pa.dictionary(pa.int8(), pa.string()), nullable=False),
@@ -90,7 +90,7 @@ def record_batch(
     offsets = np.zeros(len(ids) + 1, dtype=np.int32)
     np.cumsum([len(z) for z in numbers], out=offsets[1:])
     flat_numbers = np.concatenate([np.empty(0), *numbers]).astype(np.uint8)
-    flat_coords = np.concatenate([np.empty((0, 3)), *frac_coords]).astype(np.float32).ravel()
+    flat_coords = np.concatenate([np.empty((0, 3)), *frac_coords]).astype(np.float64).ravel()
     codes = np.array([SPLITS.index(part) for part in split], dtype=np.int8)
     columns = [
         pa.array(ids, pa.string()),
@@ -204,7 +204,9 @@ def check_output(path: Path, overwrite: bool) -> None:
     if not path.exists():
         return
     if not overwrite:
-        raise DatasetError(f"{path} exists already; choose another name or ask for it to be overwritten")
+        raise DatasetError(
+            f"{path} exists already; choose another name or overwrite it (--overwrite, overwrite=True)"
+        )
     if not (path / MANIFEST).is_file():
         raise DatasetError(f"{path} is no dataset (it has no {MANIFEST}) and is not overwritten; remove it")
 

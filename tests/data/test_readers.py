@@ -1,5 +1,6 @@
 """Each input family on tiny inputs written here, and on third-party data where it is present."""
 
+import csv
 import gzip
 import io
 import json
@@ -189,6 +190,19 @@ def test_labels_that_name_nothing_are_reported(tmp_path):
     assert any("1 rows" in note and "'b.cif'" in note for note in summary.notes)
 
 
+def test_the_nearest_labels_count_and_the_others_are_not_missed(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "id_prop.csv").write_text("a.cif,1\n")
+    zipped(tmp_path / "in" / "in.zip", {"a.cif": CIF, "id_prop.csv": "a.cif,2\n"})
+    dataset, summary = read(tmp_path / "in", tmp_path)
+    assert dataset.targets["target"].tolist() == [2]
+    outer, inner = (f"{tmp_path}/in/{name}" for name in ("id_prop.csv", "in.zip/id_prop.csv"))
+    assert summary.notes == [
+        f"{outer} was not used: the labels came from {inner}",
+        f"1 labels were read from {inner}",
+    ]
+
+
 JARVIS = [
     {
         "jid": f"JVASP-{cartesian}",
@@ -289,11 +303,18 @@ class Bomb:
 def test_a_malicious_pickle_executes_nothing(tmp_path, protocol):
     path = tmp_path / "cifs.pkl"
     path.write_bytes(pickle.dumps([("a", Bomb(tmp_path / "exploded"))], protocol=protocol))
-    with pytest.raises(PrepareError, match=r"cifs.pkl is not read: it names .*mkdir"):
+    with pytest.raises(PrepareError, match=r"cifs.pkl is not read: UnpicklingError: it names .*mkdir"):
         prepare(path, tmp_path / "dataset", workers=1)
     assert not (tmp_path / "exploded").exists()
     pickle.loads(path.read_bytes())  # the bomb is live
     assert (tmp_path / "exploded").exists()
+
+
+def test_a_pickle_of_nonsense_is_refused_clearly(tmp_path):
+    path = tmp_path / "cifs.pkl"
+    path.write_bytes(b"\x80\x04]\x8c\x01aK\x02s.")  # it sets an item of a list by a text: TypeError
+    with pytest.raises(PrepareError, match=r"cifs\.pkl is not read: TypeError"):
+        prepare(path, tmp_path / "dataset", workers=1)
 
 
 def test_what_a_pickle_may_hold(tmp_path):
@@ -414,7 +435,35 @@ def test_a_damaged_member_of_an_archive_is_one_record(tmp_path):
     content = path.read_bytes()
     path.write_bytes(content.replace(b"data_Salt", b"data_Selt"))  # its checksum is wrong now
     summary = prepare(path, tmp_path / "dataset", workers=1)
-    assert (summary.read, summary.stored, summary.by_reason) == (3, 2, {"unreadable_cif": 1})
+    assert (summary.read, summary.stored, summary.by_reason) == (3, 2, {"unreadable_file": 1})
+
+
+def test_a_damaged_file_in_a_folder_does_not_stop_the_others(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("good", "last"):
+        (folder / f"{name}.cif").write_text(CIF)
+    rows = "material_id,cif\n" + f'x,"{CIF}"\n' + os.urandom(40000).hex()
+    damaged = {
+        "a.json": json.dumps(JARVIS).encode()[:-20],
+        "b.zip": zipped(tmp_path / "b.zip", {"b.cif": CIF * 9}).read_bytes()[:-30],
+        "c.pkl": pickle.dumps([("oqmd-1", CIF)])[:-20],
+        "d.csv.gz": gzip.compress(rows.encode())[:-200],  # its first row is still whole
+        "e.cif.gz": gzip.compress(os.urandom(9000))[:-200],
+    }
+    for name, content in damaged.items():
+        (folder / name).write_bytes(content)
+    summary = prepare(folder, tmp_path / "dataset", workers=1)
+    assert summary.read == summary.stored + summary.rejected
+    assert set(CrystalDataset.open(tmp_path / "dataset").ids) == {"good", "last", "x"}
+    assert summary.by_reason == {"unreadable_file": len(damaged)}
+    with (tmp_path / "dataset" / "rejects.csv").open(newline="") as file:
+        rejects = {row["source"]: row["message"] for row in csv.DictReader(file)}
+    assert sorted(rejects) == [f"{folder}/{name}" for name in damaged]
+    assert all(source in message for source, message in rejects.items())
+    for name in damaged:
+        with pytest.raises(PrepareError, match=name):
+            prepare(folder / name, tmp_path / "named", workers=1)
 
 
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="third-party data is not here")

@@ -18,7 +18,7 @@ def random_crystals(n, rng):
     return {
         "ids": [f"crystal-{i}-é" for i in range(n)],
         "numbers": [rng.integers(1, 100, size) for size in sizes],
-        "frac_coords": [rng.random((size, 3), dtype=np.float32) for size in sizes],
+        "frac_coords": [rng.normal(size=(size, 3)) for size in sizes],
         "cell": rng.normal(size=(n, 3, 3)),
         "pbc": rng.random((n, 3)) < 0.5,
         "split": [PARTS[i % 4] for i in range(n)],

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from mgt_fast.data.readers import ase_files, cif, crystallm, json_lists, table
-from mgt_fast.data.readers.base import PrepareError, RawRecord, Source
+from . import ase_files, cif, crystallm, json_lists, table
+from .base import PrepareError, RawRecord, Source
 
 READERS: dict[str, Callable[[Source], Iterator[RawRecord]]] = {
     "cif": cif.read,

@@ -8,7 +8,7 @@ import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mgt_fast.data.readers.base import (
+from .base import (
     ID_KEYS,
     Arrays,
     Crystal,

@@ -14,10 +14,11 @@ from typing import Any, BinaryIO, NoReturn, Protocol
 
 import numpy as np
 
-from mgt_fast.data.elements import has_features
+from ...elements import has_features
 
 # Spheres 0.5 Å apart, packed as closely as can be, take 0.088 Å^3 each.
 MIN_VOLUME_PER_ATOM = 0.1
+MAX_FRACTIONAL = 2**20  # the neighbour list refuses atoms farther out
 ID_KEYS = ("material_id", "jid", "structure_id", "mp_id", "id", "name")
 
 
@@ -118,7 +119,10 @@ class Arrays:
         pbc = np.broadcast_to(np.asarray(self.pbc, dtype=bool), 3)
         if not len(numbers):
             raise RecordError("unreadable_record", 0, "the structure has no atom")
-        volume = abs(np.linalg.det(cell))
+        with np.errstate(over="ignore", invalid="ignore"):
+            volume = abs(np.linalg.det(cell))
+        if not np.isfinite(volume):
+            raise RecordError("bad_cell", cell.tolist(), f"the volume of the cell {cell.tolist()} overflows")
         if volume < MIN_VOLUME_PER_ATOM * len(numbers):
             raise RecordError(
                 "near_zero_volume",
@@ -127,9 +131,17 @@ class Arrays:
                 f"less than {MIN_VOLUME_PER_ATOM} Å^3 an atom",
             )
         if self.cartesian:
-            coords = coords @ np.linalg.inv(cell)
-        # Whole periods go before single precision does: it has seven digits.
-        coords = np.where(pbc, coords - np.floor(coords), coords)
+            with np.errstate(over="ignore", invalid="ignore"):
+                coords = coords @ np.linalg.inv(cell)
+        far = np.argwhere(~(np.abs(coords) <= MAX_FRACTIONAL))
+        if len(far):
+            row, column = far[0]
+            raise RecordError(
+                "bad_coordinates",
+                f"{coords[row, column]:.6g}",
+                f"atom {row} is {coords[row, column]:.6g} lattice vectors {'abc'[column]} from the origin; "
+                "wrap it into the cell (are these Cartesian coordinates?)",
+            )
         return Crystal(numbers, coords, cell, pbc)
 
 

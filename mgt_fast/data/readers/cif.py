@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mgt_fast.data.readers.base import Arrays, Crystal, RawRecord, RecordError, Source
+from .base import Arrays, Crystal, RawRecord, RecordError, Source
 
 CELL_TAGS = [
     f"_cell_{t}" for t in ("length_a", "length_b", "length_c", "angle_alpha", "angle_beta", "angle_gamma")

@@ -6,8 +6,8 @@ import pickle
 from collections.abc import Iterator
 from typing import NoReturn
 
-from mgt_fast.data.readers.base import Faulty, PrepareError, RawRecord, Source
-from mgt_fast.data.readers.cif import CifText
+from .base import Faulty, PrepareError, RawRecord, Source
+from .cif import CifText
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -27,8 +27,10 @@ def read(source: Source) -> Iterator[RawRecord]:
     with source.open() as stream:
         try:
             content = PlainUnpickler(stream).load()
-        except (pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, AttributeError) as error:
-            raise PrepareError(f"pickle {source.name} is not read: {error}") from error
+        except Exception as error:  # the opcodes of a damaged pickle raise whatever they come upon
+            raise PrepareError(
+                f"pickle {source.name} is not read: {type(error).__name__}: {error}"
+            ) from error
     if not isinstance(content, list):
         raise PrepareError(f"pickle {source.name} holds a {type(content).__name__}, not a list of (id, CIF)")
     for number, item in enumerate(content, 1):

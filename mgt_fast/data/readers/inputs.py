@@ -18,8 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from mgt_fast.data.readers import FORMATS, READERS, STRUCTURE_FILES, check_format, detect, format_of_name
-from mgt_fast.data.readers.base import (
+from . import FORMATS, READERS, STRUCTURE_FILES, check_format, detect
+from .base import (
     Faulty,
     PrepareError,
     RawRecord,
@@ -38,11 +38,19 @@ _LABEL_FILE = re.compile(r"(.*_)?id_prop\.csv", re.IGNORECASE)
 
 @dataclass
 class Labels:
-    """Targets of structure files, by file name: the rows of an id_prop.csv."""
+    """Targets of structure files, by file name: the rows of an id_prop.csv.
+
+    Attributes:
+        name: the label file.
+        rows: file name to its targets.
+        used: the file names that were met.
+        nearer: the last label file that was found nearer to some structures and used for them instead.
+    """
 
     name: str
     rows: dict[str, dict[str, str]]
     used: set[str] = field(default_factory=set)
+    nearer: str = ""
 
     @classmethod
     def read(cls, source: Source) -> Labels:
@@ -105,7 +113,7 @@ class Inputs:
         """Yield every record.
 
         Raises:
-            PrepareError: for an input that is damaged, of an unknown format, or holds no structures.
+            PrepareError: for an input that is damaged, of an unknown format, or holds no record.
         """
         for path in self.paths:
             if path.is_dir():
@@ -121,6 +129,10 @@ class Inputs:
             shown = ", ".join(self._left_out[:5]) + (", ..." if len(self._left_out) > 5 else "")
             self.notes.append(f"{len(self._left_out)} files without crystals were left out: {shown}")
         for labels in self._label_files.values():
+            if labels.nearer and not labels.used:
+                self.notes.append(f"{labels.name} was not used: the labels came from {labels.nearer}")
+                continue
+            self.notes.append(f"{len(labels.rows)} labels were read from {labels.name}")
             unused = [name for name in labels.rows if name not in labels.used]
             if unused:
                 self.notes.append(
@@ -128,7 +140,10 @@ class Inputs:
                 )
 
     def _read(self, source: Source, labels: Labels | None, *, named: bool = False) -> Iterator[RawRecord]:
-        """Yield the records of a file or an archive; what the user named must be readable."""
+        """Yield the records of a file or an archive.
+
+        What the user named must be readable; another file that is not becomes one faulty record.
+        """
         try:
             with source.open() as stream:
                 members = _archive_members(stream)
@@ -149,23 +164,25 @@ class Inputs:
             if named:
                 raise
             self._left_out.append(source.name)
-        except DAMAGED as error:
-            if named or format_of_name(source.filename) not in STRUCTURE_FILES:
-                raise PrepareError(
-                    f"{source.name} cannot be read: {type(error).__name__}: {error}"
-                ) from error
-            reason = "unreadable_cif" if source.filename.endswith(".cif") else "unreadable_record"
-            fault = Faulty(source.name, f"{type(error).__name__}: {error}", reason)
-            yield RawRecord(source.name, source.stem, fault)
+        except (PrepareError, *DAMAGED) as error:
+            whole = isinstance(error, PrepareError)
+            message = (
+                str(error) if whole else f"{source.name} cannot be read: {type(error).__name__}: {error}"
+            )
+            if named:
+                raise PrepareError(message) from error
+            yield RawRecord(source.name, source.stem, Faulty(source.name, message, "unreadable_file"))
 
     def _walk(
         self, files: list[Source], labels: Labels | None, beside: Sequence[Source] = ()
     ) -> Iterator[RawRecord]:
         """Yield the records of the files of a folder or an archive; labels may be in or beside it."""
-        labels = self._labels_in(files) or self._labels_in(beside) or labels
+        nearest = self._labels_in(files) or self._labels_in(beside) or labels
+        if labels and nearest is not labels:
+            labels.nearer = nearest.name
         for file in files:
             if not _LABEL_FILE.fullmatch(file.filename):
-                yield from self._read(file, labels)
+                yield from self._read(file, nearest)
 
     def _labels_in(self, files: Sequence[Source]) -> Labels | None:
         """Return the labels that the user named, or else those of the label file among `files`."""
@@ -181,8 +198,7 @@ class Inputs:
 
     def _label_file(self, source: Source) -> Labels:
         if source.name not in self._label_files:
-            labels = self._label_files[source.name] = Labels.read(source)
-            self.notes.append(f"{len(labels.rows)} labels were read from {source.name}")
+            self._label_files[source.name] = Labels.read(source)
         return self._label_files[source.name]
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from mgt_fast.data.readers.base import (
+from .base import (
     ID_KEYS,
     Arrays,
     Crystal,
@@ -17,7 +17,7 @@ from mgt_fast.data.readers.base import (
     Source,
     UnknownLayoutError,
 )
-from mgt_fast.data.readers.cif import OCCUPANCY_TOLERANCE, CifText
+from .cif import OCCUPANCY_TOLERANCE, CifText
 
 
 def _jarvis(item: dict) -> Arrays:

@@ -6,8 +6,8 @@ import csv
 import itertools
 from collections.abc import Iterator
 
-from mgt_fast.data.readers.base import ID_KEYS, Faulty, PrepareError, RawRecord, Source, UnknownLayoutError
-from mgt_fast.data.readers.cif import CifText
+from .base import ID_KEYS, Faulty, PrepareError, RawRecord, Source, UnknownLayoutError
+from .cif import CifText
 
 STRUCTURE_COLUMN = "cif"
 MAX_FIELD = 2**31 - 1

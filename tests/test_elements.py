@@ -1,11 +1,13 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
-from mgt_fast.data.elements import cgcnn_features, has_features
+from mgt_fast.elements import cgcnn_features, has_features
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def test_features_are_one_hot_codes_of_the_first_hundred_elements():
@@ -36,3 +38,12 @@ def test_features_are_those_of_the_golden_crystals():
 def test_the_table_cannot_be_changed_by_a_caller():
     cgcnn_features()[1] = 7
     assert cgcnn_features()[1].max() == 1
+
+
+def test_the_model_needs_no_data_path():
+    script = "import sys, mgt_fast.model, mgt_fast.reference; print(*sys.modules, sep='\\n')"
+    modules = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert "mgt_fast.elements" in modules
+    assert not [name for name in modules if name.startswith(("mgt_fast.data", "pyarrow"))]

@@ -1,6 +1,6 @@
 """Write cgcnn_features.txt from a jarvis-tools wheel: `python make_cgcnn_features.py jarvis_tools-*.whl`.
 
-Made from jarvis-tools 2026.6.12 (`jarvis/core/atom_init.json`).
+Made from jarvis-tools 2026.6.12 (`jarvis/core/atom_init.json`); its metadata say "License: MIT".
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import zipfile
 from pathlib import Path
 
 HEADER = """\
-# CGCNN element features (T. Xie and J. C. Grossman, Phys. Rev. Lett. 120, 145301, 2018), from jarvis-tools.
+# CGCNN element features (T. Xie and J. C. Grossman, Phys. Rev. Lett. 120, 145301, 2018).
+# From jarvis-tools (Kamal Choudhary, https://github.com/atomgptlab/jarvis-tools), under the MIT licence.
 # One element a line: atomic number, then its 92 features (0 or 1) as a 92-bit number, first feature first.
 """
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mgt_fast.structures import MAX_ATOMIC_NUMBER
+from ..structures import MAX_ATOMIC_NUMBER
 
 NUM_FEATURES = 92
 FEATURES_FILE = Path(__file__).with_name("cgcnn_features.txt")
@@ -38,7 +38,8 @@ def cgcnn_features() -> torch.Tensor:
         without published features (101 Md and beyond) are NaN, so that they can be told apart.
 
     Source: T. Xie and J. C. Grossman, Phys. Rev. Lett. 120, 145301 (2018), as shipped by jarvis-tools
-    (`get_node_attributes(symbol, "cgcnn")`); `make_cgcnn_features.py` made the file that is read here.
+    (`get_node_attributes(symbol, "cgcnn")`; MIT licence, K. Choudhary); `make_cgcnn_features.py` made the
+    file that is read here.
     """
     return _read_features().clone()
 
