@@ -95,8 +95,8 @@ def random_motif(cell, operations, rng):
 @pytest.mark.parametrize(("displacement", "start"), [(0.0, 0), (1e-4, 1), (0.05, 2)])
 def test_prototypes(displacement, start):
     """Exact, symmetric but for noise, and with motifs of low symmetry in lattices of high symmetry."""
-    # A third each. Checked by hand at each displacement on all 288: 0 of 820 descriptions look different; if the
-    # edges did not choose the frame, 140 would (574 when displaced), of 79 prototypes (256).
+    # A third of them each. By hand all 288 were checked at each displacement: 0 of 820 descriptions look
+    # different. If the edges did not choose the frame 140 would, of 79 prototypes (displaced: 574, of 256).
     rng = np.random.default_rng(0)
     for _, crystal in list(prototypes(max_atoms=30))[start::3]:
         moved = displacement * rng.normal(size=crystal.frac.shape) @ np.linalg.inv(crystal.cell)
