@@ -191,7 +191,7 @@ def test_coordinates_keep_their_precision_far_from_the_cell(tmp_path):
     np.testing.assert_array_equal(dataset.gather([0]).frac_coords, [[1e6 + 0.25, 0, 0], [-0.25, 0.5, 0.5]])
 
 
-@pytest.mark.parametrize("index", [0, 8, 22, 81])
+@pytest.mark.parametrize("index", [1, 4, 12, 20])
 def test_the_graph_of_a_stored_crystal_is_that_of_the_structure(tmp_path, index):
     """Ties among the lattice vectors and distances of the published builder hang on the last bit."""
     structure = prototype_structures()[index]
