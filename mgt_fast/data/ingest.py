@@ -202,12 +202,12 @@ class _TargetKeys:
         # A key whose kind the sample has settled needs no more attention.
         self._settled = {key for key, count in kinds.items() if count.keys() != {"missing"}}
         self._choose = wanted is None
-        for key in self.names if self._choose else list(self._dropped):
-            self._dropped.pop(key, None)
+        unused = self._dropped.keys() - self.names.keys() if self._choose else ()
+        self._dropped = {key: raw for key, raw in self._dropped.items() if key in unused}
         self._late: dict[str, str] = {}
 
     def watch(self, records: Iterator[RawRecord]) -> Iterator[RawRecord]:
-        """Pass records on and remember keys with numbers that the sample did not show."""
+        """Pass records on and remember keys that had no value in the sample."""
         for record in records:
             for key in record.targets.keys() - self._settled if self._choose else ():
                 kind = _kind(record.targets[key])
@@ -219,7 +219,9 @@ class _TargetKeys:
 
     def notes(self) -> list[str]:
         """Return what was left out: what holds no numbers, and what came too late."""
-        examples = [f"{key} ({raw!s:.{LONGEST_EXAMPLE}})" for key, raw in self._dropped.items()]
+        examples = [
+            f"{key} ({' '.join(str(raw).split()):.{LONGEST_EXAMPLE}})" for key, raw in self._dropped.items()
+        ]
         not_numbers = [f"not numbers, left out: {', '.join(examples)}"] if examples else []
         return not_numbers + [
             f"{key!r} has its first value only in {where} and is left out; name the targets to store it"
@@ -229,14 +231,19 @@ class _TargetKeys:
 
 def _has_split_column(sample: Sequence[RawRecord]) -> bool:
     """Say whether the records have a column `split` with nothing but train, val, test and gaps in it."""
-    values = [record.targets.get(SPLIT_COLUMN) or "" for record in sample]
-    return any(values) and all(value in SPLITS for value in values)
+    values = [record.targets[SPLIT_COLUMN] for record in sample if SPLIT_COLUMN in record.targets]
+    return all(value is None or _is_part(value) for value in values) and any(values)
+
+
+def _is_part(value: object) -> bool:
+    return isinstance(value, str) and value in SPLITS
 
 
 def _part_from_column(record: RawRecord) -> RawRecord:
     targets = dict(record.targets)
-    part = targets.pop(SPLIT_COLUMN, None) or ""
-    if part in SPLITS:
+    part = targets.pop(SPLIT_COLUMN, None)
+    part = "" if part is None else part
+    if _is_part(part):
         return replace(record, split=part, targets=targets)
     fault = Faulty(part, f"{SPLIT_COLUMN} is {part!r:.100}, none of train, val and test", "unknown_split")
     return replace(record, payload=fault, targets=targets)

@@ -277,6 +277,13 @@ def test_a_split_column_gives_the_parts(tmp_path, monkeypatch):
     assert summary.notes == ["not numbers, left out: split (train)"]
 
 
+def test_a_column_split_of_other_things_gives_no_parts(tmp_path):
+    frame = '1\nLattice="4 0 0 0 4 0 0 0 4" split="1 2" energy=1\nNa 0 0 0\n'
+    summary = prepare(written(tmp_path, frame, "in.xyz"), tmp_path / "dataset", workers=1)
+    assert (summary.stored, summary.splits) == (1, {"": 1})
+    assert summary.notes == ["not numbers, left out: split ([1 2])"]
+
+
 @pytest.mark.parametrize(("require", "stored"), [("any", 4), ("all", 2), ("none", 5)])
 def test_required_targets(tmp_path, require, stored):
     content = [*MANY[:4], item("bare", gap=None, energy=None)]

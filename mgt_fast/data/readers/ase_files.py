@@ -20,6 +20,8 @@ from .base import (
     atomic_number,
 )
 
+STRUCTURE_KEYS = ("Lattice", "Properties", "pbc")  # of an extended xyz comment line
+
 
 @dataclass(frozen=True)
 class AseText:
@@ -79,6 +81,7 @@ def read_extxyz(source: Source) -> Iterator[RawRecord]:
             except Exception as error:
                 yield RawRecord(where, name, Faulty(frame[0].strip(), f"the comment line: {error}"))
                 continue
+            values = {key: value for key, value in values.items() if key not in STRUCTURE_KEYS}
             id_key = next((key for key in ID_KEYS if key in values), None)
             name = str(values.pop(id_key)) if id_key else name
             yield RawRecord(where, name, AseText("".join([count, *frame]), "extxyz"), values)
