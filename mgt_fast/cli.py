@@ -104,7 +104,7 @@ def prepare(
     ] = None,
     split_file: Annotated[
         Path | None,
-        typer.Option(help="Parts: JSON {train: ids, val: ids, test: ids}, or csv with id, split."),
+        typer.Option(help="Parts (JSON {train: ids, ...} or csv with id, split); a split column serves too."),
     ] = None,
     format_: Annotated[
         str | None, typer.Option("--format", help="Format of all files, not recognised.")
