@@ -295,7 +295,7 @@ def test_a_checkpoint_and_a_contradicting_configuration(runs, tmp_path):
     ("key", "given", "kept"), [("max_neighbors", "9", "8"), ("compat", "comformer", "null")]
 )
 def test_a_checkpoint_and_contradicting_graphs(key, given, kept, runs, tmp_path):
-    arguments = ["finetune", "--from", runs[0] / "pretrain", "-s", f"data.{key}={given}"]
+    arguments = ["finetune", "--from", runs[0] / "pretrain", *TINY[4:], "-s", f"data.{key}={given}"]
     result = invoke(*arguments, "-o", tmp_path / "run", status=1)
     assert f"data.{key} = {given}, but the checkpoint has {kept}" in result.stderr
     assert not (tmp_path / "run").exists()
