@@ -323,8 +323,8 @@ class MGT(nn.Module):
 
         return load_model(path, backend=backend, device=device)
 
-    def predict(self, structures, *, batch_size: int = 64):
+    def predict(self, structures, *, ids=None, batch_size: int = 64):
         """Predict pymatgen Structures and ASE Atoms; see `mgt_fast.inference.predict_structures`."""
         from .inference import predict_structures
 
-        return predict_structures(self, structures, batch_size=batch_size)
+        return predict_structures(self, structures, ids=ids, batch_size=batch_size)

@@ -161,7 +161,8 @@ def test_python_call_takes_structures_and_atoms_alike(runs, dataset):
     crystals = structures(dataset, indices)
     model = MGT.load(folder / "finetune")
     from_structures = model.predict(crystals)
-    from_atoms = model.predict([crystal.to_ase_atoms() for crystal in crystals], batch_size=2)
+    from_atoms = model.predict([c.to_ase_atoms() for c in crystals], ids="abcde", batch_size=2)
+    assert from_atoms.ids == tuple("abcde")
     assert from_structures.ids == ("0", "1", "2", "3", "4")
     assert from_structures.label == f"{TARGET} [eV/atom]"
     np.testing.assert_allclose(from_atoms.prediction, from_structures.prediction, rtol=1e-4, atol=1e-4)

@@ -74,8 +74,8 @@ class PretrainDataConfig(DataConfig):
         held_out: part on which the losses are reported.
     """
 
-    train: tuple[str, ...] = ("train", "")
-    held_out: str = "val"
+    train: Annotated[tuple[Literal["train", "val", "test", ""], ...], Field(min_length=1)] = ("train", "")
+    held_out: Literal["train", "val", "test"] = "val"
 
     @model_validator(mode="after")
     def _disjoint(self) -> Self:

@@ -106,9 +106,10 @@ def pretrain(
     dataset = CrystalDataset.open(config.data.path)
     parts = select_parts(dataset, config.data, config.seed)
     held_out = require_part(parts, config.data.held_out, "hold out")
+    for name in config.data.train:
+        if name or len(config.data.train) == 1:  # crystals of no part are welcome, but there need be none
+            require_part(parts, name, "learn from")
     chosen = {name: parts[name] for name in config.data.train if len(parts.get(name, ()))}
-    if not chosen:
-        require_part(parts, config.data.train[0] if config.data.train else "train", "learn from")
     train = np.sort(np.concatenate(list(chosen.values())))
     require_two(dataset, train)
     source = GraphSource(dataset, config.data.max_neighbors, config.data.compat, device)

@@ -112,6 +112,10 @@ def test_missing_file_lists_the_packaged_ones():
 def test_held_out_part_is_not_trained_on():
     with pytest.raises(ConfigError, match="held_out = 'train' is also one of the train parts"):
         load_config(PretrainConfig, None, ["data.held_out=train"])
+    with pytest.raises(
+        ConfigError, match=r"data.train.0 = 'trian': Input should be 'train', 'val', 'test' or ''"
+    ):
+        load_config(PretrainConfig, None, ["data.train=[trian]"])
 
 
 def test_command_sets_the_task():
