@@ -270,7 +270,10 @@ def test_prepare_fails_if_nothing_could_be_stored(tmp_path):
         (["finetune", "--set", "data.limit=1"], "training needs at least 2"),
         (["pretrain", "-s", "data.limit=1", "-s", "data.train=[train]"], "training needs at least 2"),
         (["finetune", "--set", "backend=triton"], "no Triton kernels yet"),
-        (["pretrain", "--set", "data.held_out=validation"], "part 'validation' is empty"),
+        (
+            ["pretrain", "--set", "data.held_out=validation"],
+            "data.held_out = 'validation': Input should be 'train', 'val' or 'test'",
+        ),
         (["evaluate", "-m", "nothing.safetensors"], "no checkpoint nothing.safetensors"),
     ],
 )

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from e3nn import o3
-from mgt_fast.kernels.tensor_product import spherical_harmonics
 from pymatgen.analysis.prototypes import AFLOW_PROTOTYPE_LIBRARY
 from pymatgen.core import Lattice, Structure
 from scipy.spatial.transform import Rotation
 
 from mgt_fast import MGT, CrystalBatch, MGTConfig, build_graph
+from mgt_fast.kernels.tensor_product import spherical_harmonics
 from mgt_fast.layers import GraphIndex
 from mgt_fast.model import inverse_length
 
