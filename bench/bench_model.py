@@ -8,8 +8,8 @@ gradients and optimiser state take. The numbers in brackets behind the medians a
 from __future__ import annotations
 
 import multiprocessing
-import resource
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,15 +63,21 @@ def prediction(model, graph):
 
 
 def peak_memory(name, num_edges):
-    """Return bytes an edge that one training step takes (run it in a process of its own)."""
+    """Return bytes an edge that one training step takes (Linux; run it in a process of its own)."""
     model = make(name, CONFIGS["training step"])
-    graph, small = real_graph(num_edges), real_graph(1)
-    training_step(model, small)()  # makes gradients and optimiser state
+    training_step(model, real_graph(1))()  # makes gradients and optimiser state
+    graph = real_graph(num_edges)
     step = training_step(model, graph)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = resident("VmHWM")
     step()
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return (after - before) * 1024 / graph.num_edges
+    return (resident("VmHWM") - before) / graph.num_edges
+
+
+def resident(entry):
+    """Return an entry of this process's memory status in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(entry))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -30,7 +30,7 @@ def real_graph(num_edges: int, dtype: torch.dtype = torch.float32):
     """Graph of bundled crystals in a fixed random order, at least `num_edges` edges."""
     dataset = CrystalDataset.open(None)
     order = np.random.default_rng(0).permutation(len(dataset))
-    count = 16
+    count = max(1, num_edges // 400)
     while (graph := build_graph(dataset.gather(order[:count]))).num_edges < num_edges:
         count = max(count + 1, int(count * 1.05 * num_edges / graph.num_edges))
     return graph.to(dtype=dtype)
