@@ -5,7 +5,7 @@ labels) once with each target, then fine-tuned on formation energy with few and 
 beside a network that starts from scratch. Everything but the start is equal: sizes, steps, learning rates,
 order of the crystals. Prints a table of test errors and writes every figure to a JSON file.
 
-    python bench/denoising_targets.py --seeds 4 --output bench/results/denoising_targets.json
+    python bench/denoising_targets.py --pretrain-lr 1e-3 --output bench/results/denoising_targets_lr1e-3.json
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mgt_fast.train.pretrain import pretrain
 STARTS = ("scratch", "crystal", "edge")
 NETWORK = ["model.channels=32", "model.num_scalars=16", "model.num_vectors=4", "model.num_blocks=1"]
 NETWORK += ["data.max_neighbors=12"]
-OPTIM = ["optim.lr=1e-3", "optim.warmup_epochs=0.5", "optim.grad_clip=10", "threads=1"]
+OPTIM = ["optim.warmup_epochs=0.5", "optim.grad_clip=10", "threads=1"]
 
 
 def run_seed(arguments: argparse.Namespace, seed: int) -> list[dict]:
@@ -41,14 +41,16 @@ def run_seed(arguments: argparse.Namespace, seed: int) -> list[dict]:
             if start != "scratch":
                 checkpoint = Path(folder) / start
                 overrides = [f"model.denoising={start}", f"optim.epochs={arguments.pretrain_epochs}"]
-                overrides += ["optim.batch_size=64", f"seed={seed}", *NETWORK, *OPTIM]
+                overrides += [f"optim.lr={arguments.pretrain_lr}", "optim.batch_size=64", f"seed={seed}"]
+                overrides += [*NETWORK, *OPTIM]
                 pretrain(load_config(PretrainConfig, None, overrides), checkpoint, console)
                 last = json.loads((checkpoint / "metrics.jsonl").read_text().splitlines()[-1])
                 losses = {name: value for name, value in last.items() if name.startswith("val_")}
             for labels in arguments.labels:
                 epochs = max(1, round(arguments.finetune_steps * arguments.batch_size / labels))
                 overrides = [f"data.limit={labels}", f"optim.epochs={epochs}", f"seed={seed}", "loss=l1"]
-                overrides += [f"optim.batch_size={arguments.batch_size}", "model.dropout=0", *NETWORK, *OPTIM]
+                overrides += [f"optim.batch_size={arguments.batch_size}", "optim.lr=1e-3", "model.dropout=0"]
+                overrides += [*NETWORK, *OPTIM]
                 settings = load_config(FinetuneConfig, None, overrides)
                 run = Path(folder) / f"{start}-{labels}"
                 found = finetune(settings, run, console, checkpoint)["test"]
@@ -95,10 +97,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--labels", type=int, nargs="+", default=[500, 3418])
     parser.add_argument("--pretrain-epochs", type=int, default=10)
+    parser.add_argument("--pretrain-lr", type=float, default=1e-3)
     parser.add_argument("--finetune-steps", type=int, default=600)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--output", type=Path, default=Path("bench/results/denoising_targets.json"))
+    parser.add_argument("--output", type=Path, default=Path("bench/last_denoising.json"))
     arguments = parser.parse_args()
     start = time.time()
     with ProcessPoolExecutor(arguments.workers, multiprocessing.get_context("spawn")) as pool:
