@@ -1,7 +1,8 @@
 """The operations that carry the model's arithmetic.
 
 Each folder is one operation: `__init__.py` is its public face, `reference.py` the plain PyTorch code that is
-the CPU path and the oracle of every other backend. `segments.py` holds the row bookkeeping they share.
+the CPU path and the oracle of every other backend. `segments.py` (which rows belong together) and
+`activations.py` are what they share.
 """
 
 BACKENDS = ("torch", "triton")
