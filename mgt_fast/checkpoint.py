@@ -130,7 +130,7 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], Checkpoi
     return state, meta
 
 
-def load_model(path: str | Path, backend: str = "torch", device: str | torch.device = "cpu") -> MGT:
+def load_model(path: str | Path, backend: str = "auto", device: str | torch.device = "cpu") -> MGT:
     """Build the network of a checkpoint, in eval mode, with its metadata as attribute `meta`.
 
     Raises:

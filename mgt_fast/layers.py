@@ -25,10 +25,16 @@ from .kernels.tensor_product import TensorProductShape, tensor_product_1, tensor
 
 
 class GraphIndex:
-    """Which rows of a graph belong together; everything is made once, at its first use."""
+    """Which rows of a graph belong together, made once, at first use; and what computes on them.
 
-    def __init__(self, graph: CrystalGraph):
+    Args:
+        graph: the crystals.
+        backend: "torch" or "triton".
+    """
+
+    def __init__(self, graph: CrystalGraph, backend: str = "torch"):
         self.graph = graph
+        self.backend = backend
 
     @cached_property
     def source(self) -> Segments:

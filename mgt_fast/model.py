@@ -14,7 +14,7 @@ from torch import nn
 
 from .config import MGTConfig
 from .graph import CrystalGraph
-from .kernels import check_backend
+from .kernels import check_backend, resolve_backend
 from .kernels.activations import softplus
 from .kernels.segments import gather_rows, segment_mean
 from .kernels.tensor_product import TensorProductShape, spherical_harmonics
@@ -238,12 +238,13 @@ class MGT(nn.Module):
 
     Args:
         config: sizes, task, views and fusion.
-        backend: "torch" (merged algebra in plain PyTorch, any device); "triton" is reserved.
+        backend: "torch" (merged algebra in plain PyTorch, any device), "triton" (fused kernels, CUDA), or
+            "auto": Triton where the parameters are on a CUDA device, PyTorch elsewhere.
 
     The parameters' names are the published program's, so its checkpoints load (`mgt-fast import-checkpoint`).
     """
 
-    def __init__(self, config: MGTConfig | None = None, backend: str = "torch"):
+    def __init__(self, config: MGTConfig | None = None, backend: str = "auto"):
         super().__init__()
         self.config = config = config or MGTConfig()
         self.backend = check_backend(backend)
@@ -287,7 +288,8 @@ class MGT(nn.Module):
         graph = graph.to(dtype=dtype)
         if noise is not None:
             noise = EdgeNoise(cosine=noise.cosine.to(dtype), vector=noise.vector.to(dtype))
-        config, index, out = self.config, GraphIndex(graph), {}
+        backend = resolve_backend(self.backend, graph.numbers.device)
+        config, index, out = self.config, GraphIndex(graph, backend), {}
         if config.views != "so3":
             se3 = self.se3_graph_encoder(graph, index, None if noise is None else noise.cosine)
             out["se3_pool"], out["se3_proj"] = se3.pool, self.se3_projection_encoder(se3.pool)
@@ -317,7 +319,7 @@ class MGT(nn.Module):
         return MGTOutput(**out)
 
     @classmethod
-    def load(cls, path: str | Path, *, backend: str = "torch", device: str = "cpu") -> MGT:
+    def load(cls, path: str | Path, *, backend: str = "auto", device: str = "cpu") -> MGT:
         """Load a network and its target scaling from a checkpoint file or run folder."""
         from .checkpoint import load_model
 

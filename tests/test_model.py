@@ -124,9 +124,7 @@ def test_lengths_are_converted_to_the_parameters_type(graph):
 
 
 def test_backends():
-    with pytest.raises(NotImplementedError, match="no Triton kernels yet"):
-        MGT(SMALL, backend="triton")
-    with pytest.raises(ValueError, match="backend = 'cuda'; choose one of torch, triton"):
+    with pytest.raises(ValueError, match="backend = 'cuda'; choose one of auto, torch, triton"):
         MGT(SMALL, backend="cuda")
 
 

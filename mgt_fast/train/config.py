@@ -160,7 +160,7 @@ class RunConfig(_Section):
     Attributes:
         seed: of weights, dropout, shuffling, noise and random parts.
         device: "auto" takes a CUDA device if there is one.
-        backend: of the model's operations.
+        backend: of the model's operations; "auto" takes Triton on a CUDA device and PyTorch elsewhere.
         threads: CPU threads of torch; null leaves torch's choice.
         tensorboard: also write TensorBoard event files.
     """
@@ -169,7 +169,7 @@ class RunConfig(_Section):
     optim: OptimConfig
     seed: NonNegativeInt = 123
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    backend: Literal["torch", "triton"] = "torch"
+    backend: Literal["auto", "torch", "triton"] = "auto"
     threads: PositiveInt | None = None
     tensorboard: bool = False
 

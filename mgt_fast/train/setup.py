@@ -11,6 +11,7 @@ import torch
 from ..checkpoint import CheckpointMeta
 from ..data import CrystalDataset
 from ..data.store import MANIFEST
+from ..kernels import resolve_backend
 from .config import ConfigError, RunConfig
 
 # What a checkpoint fixes about the network that continues from it, and about its graphs.
@@ -19,11 +20,20 @@ GRAPH_KEYS = ("max_neighbors", "compat")
 
 
 def start_torch(config: RunConfig) -> torch.device:
-    """Set threads and seed; return the device to run on."""
+    """Set threads and seed; return the device to run on.
+
+    Raises:
+        ConfigError: if there is no such device, or the backend cannot compute on it.
+    """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    return resolve_device(config.device)
+    device = resolve_device(config.device)
+    try:
+        resolve_backend(config.backend, device)
+    except RuntimeError as error:
+        raise ConfigError(str(error)) from error
+    return device
 
 
 def resolve_device(name: str) -> torch.device:

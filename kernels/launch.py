@@ -1,0 +1,68 @@
+"""How Triton kernels are started, and how a test sees which were."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether Triton runs in its interpreter, on CPU tensors; it reads the same variable at its import."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel start: enough to compile the kernel as it is shipped, without a GPU.
+
+    Attributes:
+        kernel: the `triton.jit` function.
+        args: its arguments in order; a tensor stands as its dtype.
+        constants: its compile-time arguments.
+        options: `num_warps` and `num_stages`.
+    """
+
+    kernel: object
+    args: tuple
+    constants: dict
+    options: dict
+
+    @property
+    def name(self) -> str:
+        """Name of the kernel."""
+        return self.kernel.fn.__name__
+
+
+_watchers: list[tuple[list[Launch], bool]] = []
+
+
+@contextmanager
+def watch_launches(*, run: bool = True) -> Iterator[list[Launch]]:
+    """List every launch inside the block; with `run` false kernels are listed and not run."""
+    seen: list[Launch] = []
+    _watchers.append((seen, run))
+    try:
+        yield seen
+    finally:
+        _watchers.remove((seen, run))
+
+
+def launch(kernel, grid: tuple[int, ...], *args, num_warps: int = 4, num_stages: int = 2, **constants):
+    """Start a `triton.jit` kernel over `grid`; a grid without programs starts nothing.
+
+    Args:
+        kernel: the kernel.
+        grid: number of programs along each axis.
+        args: tensors, integers, floats and None, in the kernel's order.
+        num_warps: warps a program.
+        num_stages: depth of software pipelining.
+        constants: the kernel's compile-time arguments.
+    """
+    for seen, _ in _watchers:
+        described = tuple(arg.dtype if isinstance(arg, torch.Tensor) else arg for arg in args)
+        options = {"num_warps": num_warps, "num_stages": num_stages}
+        seen.append(Launch(kernel, described, constants, options))
+    if 0 not in grid and all(run for _, run in _watchers):
+        kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
