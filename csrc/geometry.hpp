@@ -68,4 +68,16 @@ MGT_HOST_DEVICE inline Int3 combine(Int3 s, const Int3 (&rows)[3]) {
           static_cast<std::int32_t>(a * rows[0].z + b * rows[1].z + c * rows[2].z)};
 }
 
+// The one arithmetic that decides whether two atoms are neighbours, on host and device, compiled without
+// contraction to fused multiply-adds. Lists and their order are then the same everywhere, and an edge and its
+// reverse have exactly opposite vectors, so that both pass or fail any test of length.
+MGT_HOST_DEVICE inline Vec3 translation(Int3 s, const Mat3& basis) {
+  return combine(Vec3{double(s.x), double(s.y), double(s.z)}, basis);
+}
+// From x_i to the image of x_j moved by a translation.
+MGT_HOST_DEVICE inline Vec3 edge_vector(Vec3 x_i, Vec3 x_j, Vec3 translation) {
+  return (x_j - x_i) + translation;
+}
+MGT_HOST_DEVICE inline double squared_length(Vec3 v) { return dot(v, v); }
+
 }  // namespace mgt

@@ -10,18 +10,18 @@ namespace {
 // Rounding must not lose a pair right on the radius; the exact test of distance follows.
 constexpr double kSlack = 1.0 + 1e-9;
 
-// Half the longest diagonal: no nearest_image vector is longer within the periodic directions.
-double covering(const ReducedCell& cell) {
+// The longest diagonal: no vector between wrapped atoms is longer within the periodic directions.
+double diagonal(const ReducedCell& cell) {
   double longest = 0;
   for (int s = 0; s < 4; ++s) {
-    Vec3 diagonal{0, 0, 0};
+    Vec3 sum{0, 0, 0};
     for (int a = 0; a < cell.periodic; ++a) {
       const double sign = a > 0 && (s >> (a - 1) & 1) ? -1 : 1;
-      diagonal = diagonal + sign * cell.basis.row[a];
+      sum = sum + sign * cell.basis.row[a];
     }
-    longest = std::max(longest, norm(diagonal));
+    longest = std::max(longest, norm(sum));
   }
-  return 0.5 * longest;
+  return longest;
 }
 
 std::int32_t planes_within(const ReducedCell& cell, int a, double length) {
@@ -41,7 +41,7 @@ MGT_WIDE_VECTORS void squared_distances(std::int64_t count, const double* x, con
 }
 
 double image_count(const ReducedCell& cell, const WrappedAtoms& atoms, double radius) {
-  const double length = radius + (atoms.position.size() > 1 ? covering(cell) : 0);
+  const double length = radius + (atoms.position.size() > 1 ? diagonal(cell) : 0);
   double count = 1;
   for (int a = 0; a < cell.periodic; ++a) count *= 2 * std::floor(kSlack * length / cell.height[a]) + 1;
   return count;
@@ -54,7 +54,7 @@ ImageSearch::ImageSearch(const ReducedCell& cell, const WrappedAtoms& atoms, dou
   const auto n_atoms = static_cast<std::int64_t>(atoms.position.size());
   for (std::int64_t i = 0; i < n_atoms; ++i) {
     for (std::int64_t j = i + 1; j < n_atoms; ++j) {
-      Vec3 v = nearest_image(i, j).vector;
+      Vec3 v = atoms.position[j] - atoms.position[i];
       for (int a = cell.periodic; a < 3; ++a) v = v - dot(v, cell.basis.row[a]) * cell.basis.row[a];
       longest = std::max(longest, dot(v, v));
     }
@@ -71,7 +71,7 @@ ImageSearch::ImageSearch(const ReducedCell& cell, const WrappedAtoms& atoms, dou
   for (std::int32_t a = -most[0]; a <= most[0]; ++a) {
     for (std::int32_t b = -most[1]; b <= most[1]; ++b) {
       for (std::int32_t c = -most[2]; c <= most[2]; ++c) {
-        const Vec3 vector = combine(Vec3{double(a), double(b), double(c)}, cell.basis);
+        const Vec3 vector = translation({a, b, c}, cell.basis);
         if (dot(vector, vector) <= length * length)
           images.push_back({combine({a, b, c}, cell.to_given), vector});
       }
@@ -84,18 +84,6 @@ ImageSearch::ImageSearch(const ReducedCell& cell, const WrappedAtoms& atoms, dou
   }
   squared_.resize(images.size());
   hits_.resize(images.size() + 1);
-}
-
-ImageSearch::Pair ImageSearch::nearest_image(std::int64_t i, std::int64_t j) const {
-  const Vec3 vector = atoms_.position[j] - atoms_.position[i];
-  const Vec3 u = combine(vector, cell_.inverse);
-  const Vec3 steps = {cell_.periodic > 0 ? std::nearbyint(u.x) : 0,
-                      cell_.periodic > 1 ? std::nearbyint(u.y) : 0,
-                      cell_.periodic > 2 ? std::nearbyint(u.z) : 0};
-  const Int3 whole = {static_cast<std::int32_t>(steps.x), static_cast<std::int32_t>(steps.y),
-                      static_cast<std::int32_t>(steps.z)};
-  return {vector - combine(steps, cell_.basis),
-          atoms_.wrap[j] - atoms_.wrap[i] - combine(whole, cell_.to_given)};
 }
 
 BinSearch::BinSearch(const ReducedCell& cell, const WrappedAtoms& atoms, double radius)

@@ -1,7 +1,7 @@
 // Two ways to find the neighbours of an atom; both call
 //   visit(j, S, r_ij, |r_ij|^2)
-// for every neighbour with |r_ij|^2 <= max(limit[i], limit[j]), the atom itself (S = 0) left out. The vectors
-// of an edge and of its reverse are exactly opposite, so that both pass or fail any test of distance.
+// for every neighbour with |r_ij|^2 <= max(limit[i], limit[j]), the atom itself (S = 0) left out. Vectors and
+// squared lengths are those of edge_vector and squared_length.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,7 @@
 
 namespace mgt {
 
-// |(x - centre) + offset|^2 for `count` points given as structure of arrays.
+// squared_length(edge_vector(centre, x, offset)) for `count` points x given as structure of arrays.
 void squared_distances(std::int64_t count, const double* x, const double* y, const double* z, Vec3 centre,
                        Vec3 offset, double* out);
 
@@ -46,8 +46,9 @@ class ImageSearch {
     const auto count = static_cast<std::int64_t>(shifts_.size());
     const auto n_atoms = static_cast<std::int64_t>(atoms_.position.size());
     for (std::int64_t j = 0; j < n_atoms; ++j) {
-      const Pair pair = nearest_image(i, j);
-      squared_distances(count, images_.x.data(), images_.y.data(), images_.z.data(), {0, 0, 0}, pair.vector,
+      // As offset stands the vector between the atoms: addition commutes.
+      const Vec3 vector = atoms_.position[j] - atoms_.position[i];
+      squared_distances(count, images_.x.data(), images_.y.data(), images_.z.data(), {0, 0, 0}, vector,
                         squared_.data());
       const double reach = limit[i] > limit[j] ? limit[i] : limit[j];
       std::int64_t hits = 0;
@@ -58,19 +59,13 @@ class ImageSearch {
       for (std::int64_t h = 0; h < hits; ++h) {
         const std::int32_t m = hits_[h];
         if (i == j && squared_[m] == 0) continue;
-        visit(j, shifts_[m] + pair.shift, images_[m] + pair.vector, squared_[m]);
+        visit(j, shifts_[m] + atoms_.wrap[j] - atoms_.wrap[i],
+              edge_vector(atoms_.position[i], atoms_.position[j], images_[m]), squared_[m]);
       }
     }
   }
 
  private:
-  struct Pair {
-    Vec3 vector;
-    Int3 shift;
-  };
-  // The vector from atom i to an image of atom j, within half a reduced lattice vector along each.
-  Pair nearest_image(std::int64_t i, std::int64_t j) const;
-
   const ReducedCell& cell_;
   const WrappedAtoms& atoms_;
   Points images_;             // translations, Å
@@ -96,7 +91,7 @@ class BinSearch {
           Int3 bin{a, b, c}, image;
           if (!wrap(bin, image)) continue;
           const std::int64_t index = flat(bin), begin = start_[index], count = start_[index + 1] - begin;
-          const Vec3 offset = combine(Vec3{double(image.x), double(image.y), double(image.z)}, cell_.basis);
+          const Vec3 offset = translation(image, cell_.basis);
           squared_distances(count, points_.x.data() + begin, points_.y.data() + begin,
                             points_.z.data() + begin, centre, offset, squared_.data());
           for (std::int64_t m = 0; m < count; ++m) {
@@ -104,7 +99,7 @@ class BinSearch {
             if (squared_[m] > (limit[i] > limit[j] ? limit[i] : limit[j])) continue;
             if (i == j && squared_[m] == 0) continue;
             const Int3 shift = combine(image, cell_.to_given) + atoms_.wrap[j] - atoms_.wrap[i];
-            visit(j, shift, (points_[begin + m] - centre) + offset, squared_[m]);
+            visit(j, shift, edge_vector(centre, points_[begin + m], offset), squared_[m]);
           }
         }
       }
