@@ -6,7 +6,8 @@ once per graph; the two pairs of functions below are each other's gradients:
     gather_rows    y[e] = x[index[e]]               segment_sum    x[i] = sum of y[e] over the rows e of i
     segment_apply  t[e] = h[e] @ z[index[e]]        segment_outer  z[i] = sum of h[e] (outer) t[e]
 
-All of them are deterministic: no atomics, rows are summed in a fixed order.
+All of them are deterministic: no atomics, rows are summed in a fixed order. `backend` says what computes the
+sums, "torch" or "triton"; a gather is a copy that torch makes as fast as anything.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from __future__ import annotations
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+
+from .precision import accumulator_dtype
+from .segment_sum import sum_rows
 
 
 class Segments:
@@ -58,41 +61,40 @@ class Segments:
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, segments):
-        ctx.segments = segments
+    def forward(ctx, x, segments, backend):
+        ctx.segments, ctx.backend = segments, backend
         return x.index_select(0, segments.index)
 
     @staticmethod
     def backward(ctx, grad):
-        return _SegmentSum.apply(grad, ctx.segments), None
+        return _SegmentSum.apply(grad, ctx.segments, ctx.backend), None, None
 
 
 class _SegmentSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y, segments):
-        ctx.segments = segments
-        return F.embedding_bag(
-            segments.order, y.contiguous(), segments.ptr, mode="sum", include_last_offset=True
-        )
+    def forward(ctx, y, segments, backend):
+        ctx.segments, ctx.backend = segments, backend
+        return sum_rows(y, segments.order, segments.ptr, backend=backend)
 
     @staticmethod
     def backward(ctx, grad):
-        return _GatherRows.apply(grad, ctx.segments), None
+        return _GatherRows.apply(grad, ctx.segments, ctx.backend), None, None
 
 
-def gather_rows(x: torch.Tensor, segments: Segments) -> torch.Tensor:
+def gather_rows(x: torch.Tensor, segments: Segments, *, backend: str = "torch") -> torch.Tensor:
     """Give each row the value of its segment, (n, D) → (E, D)."""
-    return _GatherRows.apply(x, segments)
+    return _GatherRows.apply(x, segments, backend)
 
 
-def segment_sum(y: torch.Tensor, segments: Segments) -> torch.Tensor:
+def segment_sum(y: torch.Tensor, segments: Segments, *, backend: str = "torch") -> torch.Tensor:
     """Sum the rows of each segment, (E, D) → (n, D); an empty segment gives zeros."""
-    return _SegmentSum.apply(y, segments)
+    return _SegmentSum.apply(y, segments, backend)
 
 
-def segment_mean(y: torch.Tensor, segments: Segments) -> torch.Tensor:
+def segment_mean(y: torch.Tensor, segments: Segments, *, backend: str = "torch") -> torch.Tensor:
     """Average the rows of each segment, (E, D) → (n, D); an empty segment gives zeros."""
-    return segment_sum(y, segments) / segments.count.clamp(min=1).to(y.dtype)[:, None]
+    count = segments.count.clamp(min=1).to(accumulator_dtype(y.dtype))
+    return (segment_sum(y, segments, backend=backend) / count[:, None]).to(y.dtype)
 
 
 def _outer(h, t, segments):
