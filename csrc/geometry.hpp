@@ -1,14 +1,7 @@
 // Vectors and 3 x 3 lattices: small functions for host and device, lengths in Å.
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-
-#if defined(__CUDACC__)
-#define MGT_HOST_DEVICE __host__ __device__
-#else
-#define MGT_HOST_DEVICE
-#endif
+#include "host_device.hpp"
 
 namespace mgt {
 
