@@ -7,15 +7,12 @@
 #include "cell_reduction.hpp"
 #include "neighbor_search.hpp"
 #include "parallel.hpp"
+#include "search_limits.hpp"
 
 namespace mgt {
 namespace {
 
 constexpr std::int64_t kImageSearchAtoms = 64;  // cells with more atoms are searched through bins
-constexpr double kMaxImages = 4e6;              // translations looked through
-constexpr double kMaxNeighbors = 1e6;           // expected neighbours of one atom
-constexpr double kMaxEdges = 1e9;               // expected edges of one crystal
-constexpr double kPi = 3.14159265358979323846;
 
 // One crystal, ready to be searched.
 struct Prepared {
@@ -34,17 +31,13 @@ struct CrystalEdges {
 };
 
 void check_size(const Prepared& crystal, std::int64_t b, double radius, const char* remedy) {
-  const double expected = 4.0 / 3.0 * kPi * radius * radius * radius / crystal.atoms.volume_per_atom;
-  const double neighbors = crystal.cell.periodic > 0
-                               ? expected
-                               : std::min(expected, static_cast<double>(crystal.atoms.position.size()));
-  const double images = image_count(crystal.cell, crystal.atoms, radius);
-  const double edges = neighbors * static_cast<double>(crystal.atoms.position.size());
-  if (neighbors <= kMaxNeighbors && edges <= kMaxEdges && images <= kMaxImages) return;
+  const SearchSize size = search_size(crystal.cell, static_cast<std::int64_t>(crystal.atoms.position.size()),
+                                      crystal.atoms.volume_per_atom, radius);
+  if (size.allowed()) return;
   std::ostringstream message;
   message.precision(3);
-  message << "too many images: within " << radius << " Å an atom has about " << neighbors
-          << " neighbours (allowed " << kMaxNeighbors << "; " << kMaxEdges << " a crystal) in " << images
+  message << "too many images: within " << radius << " Å an atom has about " << size.neighbors
+          << " neighbours (allowed " << kMaxNeighbors << "; " << kMaxEdges << " a crystal) in " << size.images
           << " images of the cell (allowed " << kMaxImages << "); " << remedy;
   throw CrystalError(b, message.str());
 }
@@ -63,9 +56,7 @@ Prepared prepare(const Crystals& crystals, std::int64_t b, const NeighborOptions
     crystal.radius = options.cutoff;
     check_size(crystal, b, crystal.radius, "lower the cutoff, or check that the cell is in Å");
   } else {
-    // Room for half as many neighbours again: most atoms then find their shells at the first attempt.
-    const double wanted = 1.5 * static_cast<double>(options.max_neighbors) + 6.0;
-    crystal.radius = std::cbrt(3.0 / (4.0 * kPi) * wanted * crystal.atoms.volume_per_atom);
+    crystal.radius = starting_radius(options.max_neighbors, crystal.atoms.volume_per_atom);
     check_size(crystal, b, crystal.radius, "lower max_neighbors, or check that the cell is in Å");
   }
   return crystal;
@@ -95,7 +86,7 @@ std::vector<double> shell_limits(const Prepared& crystal, std::int64_t b, const 
   for (std::size_t i = 0; i < n_atoms; ++i) waiting[i] = static_cast<std::int64_t>(i);
   margin.resize(options.shell_margin ? n_atoms : 0);
 
-  for (double radius = crystal.radius; !waiting.empty(); radius *= 1.25) {
+  for (double radius = crystal.radius; !waiting.empty(); radius *= kRadiusGrowth) {
     check_size(crystal, b, radius, "lower max_neighbors, or check that the cell is in Å");
     std::fill(reach.begin(), reach.end(), radius * radius);
     std::vector<std::int64_t> unfinished;
@@ -111,7 +102,7 @@ std::vector<double> shell_limits(const Prepared& crystal, std::int64_t b, const 
         }
         std::nth_element(squared.begin(), squared.begin() + (k - 1), squared.end());
         const double kth = squared[k - 1];
-        limits[i] = kth * stretch * stretch;
+        limits[i] = shell_limit(kth, options.shell_tolerance);
         if (!options.shell_margin) continue;
         if (kth * see_margin * see_margin > radius * radius) {
           unfinished.push_back(i);

@@ -4,28 +4,14 @@
 #include <cmath>
 #include <numeric>
 
+#include "search_limits.hpp"
+
 namespace mgt {
 namespace {
 
-// Rounding must not lose a pair right on the radius; the exact test of distance follows.
-constexpr double kSlack = 1.0 + 1e-9;
-
-// The longest diagonal: no vector between wrapped atoms is longer within the periodic directions.
-double diagonal(const ReducedCell& cell) {
-  double longest = 0;
-  for (int s = 0; s < 4; ++s) {
-    Vec3 sum{0, 0, 0};
-    for (int a = 0; a < cell.periodic; ++a) {
-      const double sign = a > 0 && (s >> (a - 1) & 1) ? -1 : 1;
-      sum = sum + sign * cell.basis.row[a];
-    }
-    longest = std::max(longest, norm(sum));
-  }
-  return longest;
-}
-
 std::int32_t planes_within(const ReducedCell& cell, int a, double length) {
-  return a < cell.periodic ? static_cast<std::int32_t>(std::floor(kSlack * length / cell.height[a])) : 0;
+  return a < cell.periodic ? static_cast<std::int32_t>(std::floor(kSearchSlack * length / cell.height[a]))
+                           : 0;
 }
 
 }  // namespace
@@ -40,13 +26,6 @@ MGT_WIDE_VECTORS void squared_distances(std::int64_t count, const double* x, con
   }
 }
 
-double image_count(const ReducedCell& cell, const WrappedAtoms& atoms, double radius) {
-  const double length = radius + (atoms.position.size() > 1 ? diagonal(cell) : 0);
-  double count = 1;
-  for (int a = 0; a < cell.periodic; ++a) count *= 2 * std::floor(kSlack * length / cell.height[a]) + 1;
-  return count;
-}
-
 ImageSearch::ImageSearch(const ReducedCell& cell, const WrappedAtoms& atoms, double radius)
     : cell_(cell), atoms_(atoms) {
   // The longest pair vector within the periodic directions bounds the translations that can be needed.
@@ -59,7 +38,7 @@ ImageSearch::ImageSearch(const ReducedCell& cell, const WrappedAtoms& atoms, dou
       longest = std::max(longest, dot(v, v));
     }
   }
-  const double length = kSlack * (radius + std::sqrt(longest));
+  const double length = kSearchSlack * (radius + std::sqrt(longest));
   std::int32_t most[3];
   for (int a = 0; a < 3; ++a) most[a] = planes_within(cell, a, length);
 
@@ -109,14 +88,14 @@ BinSearch::BinSearch(const ReducedCell& cell, const WrappedAtoms& atoms, double 
   // Bins no wider than the radius, but not many more of them than atoms.
   double wanted[3], total = 1;
   for (int a = 0; a < 3; ++a) {
-    wanted[a] = std::max(1.0, std::floor(width[a] * cell.height[a] / (kSlack * radius)));
+    wanted[a] = std::max(1.0, std::floor(width[a] * cell.height[a] / (kSearchSlack * radius)));
     total *= wanted[a];
   }
   const double thin = std::max(1.0, std::cbrt(total / static_cast<double>(n_atoms)));
   for (int a = 0; a < 3; ++a) {
     bins_[a] = static_cast<std::int32_t>(std::min(std::max(1.0, std::floor(wanted[a] / thin)), 1024.0));
     scale_[a] = bins_[a] / width[a];
-    reach_[a] = static_cast<std::int32_t>(std::ceil(kSlack * radius * scale_[a] / cell.height[a]));
+    reach_[a] = static_cast<std::int32_t>(std::ceil(kSearchSlack * radius * scale_[a] / cell.height[a]));
     if (a >= cell.periodic) reach_[a] = std::min(reach_[a], bins_[a] - 1);
   }
   std::vector<std::int64_t> bin(n_atoms);

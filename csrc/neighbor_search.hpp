@@ -121,7 +121,4 @@ class BinSearch {
   std::vector<double> squared_;
 };
 
-// Number of translations that an ImageSearch of this radius would look through at most.
-double image_count(const ReducedCell& cell, const WrappedAtoms& atoms, double radius);
-
 }  // namespace mgt
