@@ -10,7 +10,7 @@ SOURCES = sorted([*(ROOT / "mgt_fast").rglob("*.py"), *(ROOT / "kernels").rglob(
 
 # Lower layers first; a module may import only from its own layer or from below.
 LAYERS = [
-    {"kernels", "config", "structures", "outputs", "elements", "_C"},
+    {"kernels", "config", "structures", "outputs", "elements", "cuda_module", "_C"},
     {"graph"},
     {"layers"},
     {"model", "losses", "importer", "data", "reference"},

@@ -1,0 +1,92 @@
+"""CUDA kernels of `csrc`, loaded and launched through CuPy."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from . import _C
+
+_BUILT = Path(_C.__file__).parent
+"""Where the build put the kernels: NAME.fatbin if there was nvcc, and the sources in csrc."""
+
+
+class CudaModule:
+    """The kernels of one source file, csrc/NAME.cu, loaded when first launched.
+
+    The fatbin that nvcc built beside the package is loaded; where there is none, NVRTC compiles the source,
+    once a machine.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        self._kernels = {}
+
+    def launch(self, kernel: str, blocks: int, threads: int, *args: torch.Tensor | int | float) -> None:
+        """Start a kernel on torch's current stream; without blocks there is nothing to start.
+
+        Args:
+            kernel: its name, declared `extern "C"`.
+            blocks: thread blocks.
+            threads: threads a block.
+            args: the kernel's parameters in order. A tensor stands for the address of its data; integers are
+                passed as int64, floats as double.
+
+        Raises:
+            RuntimeError: if CuPy is not installed.
+        """
+        if blocks == 0:
+            return
+        cupy = _import_cupy()
+        device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+        values = [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args]
+        stream = cupy.cuda.Stream.from_external(_TorchStream(torch.cuda.current_stream(device)))
+        with torch.cuda.device(device), stream:
+            if kernel not in self._kernels:
+                self._kernels[kernel] = self._module.get_function(kernel)
+            self._kernels[kernel]((blocks,), (threads,), values)
+
+    @cached_property
+    def _module(self):
+        cupy = _import_cupy()
+        fatbin = _BUILT / f"{self.name}.fatbin"
+        if fatbin.exists():
+            return cupy.RawModule(path=str(fatbin))
+        return cupy.RawModule(code=self.source, options=self.nvrtc_options)
+
+    @property
+    def source(self) -> str:
+        """The source that NVRTC compiles."""
+        return (_BUILT / "csrc" / f"{self.name}.cu").read_text()
+
+    @property
+    def nvrtc_options(self) -> tuple[str, ...]:
+        """How NVRTC compiles it; as nvcc does, without contraction to fused multiply-adds."""
+        headers = sorted((_BUILT / "csrc").glob("*.hpp"))
+        # CuPy's cache of compiled kernels looks at the source and the options, not at included files.
+        digest = hashlib.sha256(b"".join(header.read_bytes() for header in headers)).hexdigest()
+        return ("-std=c++17", "--fmad=false", f"-I{_BUILT / 'csrc'}", f"-DMGT_HEADERS_{digest[:16]}")
+
+
+class _TorchStream:
+    """A torch stream as CuPy takes it; torch's own lack the protocol in some versions."""
+
+    def __init__(self, stream: torch.cuda.Stream):
+        self._stream = stream
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._stream.cuda_stream
+
+
+def _import_cupy():
+    try:
+        import cupy
+    except ImportError as error:
+        raise RuntimeError(
+            "neighbour lists on a CUDA device need CuPy: pip install 'mgt-fast[cuda]', or bring the crystals "
+            "to the CPU with crystals.to('cpu')"
+        ) from error
+    return cupy
