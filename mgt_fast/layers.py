@@ -143,18 +143,18 @@ class EdgeWiseAttention(_Attention):
             frame: embeddings of the frame's lengths, (B, 3, C).
             index: the graph's rows.
         """
-        edge_w, angle_w, frame_terms = [self.lin_query.weight], [], []
+        edge_w, edge_b, angle_w, frame_terms = [self.lin_query.weight], [self.lin_query.bias], [], []
         for name, mlp in (("key", self.key_update), ("value", self.lin_msg_update)):
             of_edge, of_frame, of_angle = mlp[0].weight.chunk(3, dim=1)
             lin_edge = self.get_submodule(f"lin_{name}")
             edge_w.append(of_edge @ lin_edge.weight)
+            edge_b.append(of_edge @ lin_edge.bias + mlp[0].bias)
             angle_w.append(of_angle @ self.lin_edge.weight)
             lin_frame = [self.get_submodule(f"lin_{name}_e{m}") for m in (1, 2, 3)]
-            constant = of_edge @ lin_edge.bias + mlp[0].bias
             frame_terms.append(
                 torch.stack(
                     [
-                        F.linear(frame[:, m], of_frame @ lin.weight, constant + of_frame @ lin.bias)
+                        F.linear(frame[:, m], of_frame @ lin.weight, of_frame @ lin.bias)
                         for m, lin in enumerate(lin_frame)
                     ],
                     dim=1,
@@ -166,11 +166,12 @@ class EdgeWiseAttention(_Attention):
             torch.cat(frame_terms, dim=2),
             index.crystal_of_edge,
             torch.cat(edge_w),
-            self.lin_query.bias,
+            torch.cat(edge_b),
             torch.cat(angle_w),
             self.key_update[2],
             self.lin_msg_update[2],
             self.bn_att,
+            backend=index.backend,
         )
         # The projection is applied once to the sum over three directions, its bias three times.
         out = F.linear(gated, self.lin_concate.weight, 3 * self.lin_concate.bias)
@@ -185,25 +186,27 @@ class NodeWiseAttention(_Attention):
 
     def forward(self, node: torch.Tensor, edge: torch.Tensor, index: GraphIndex) -> torch.Tensor:
         """Update atom features x (N, C) from edge features f (E, C)."""
-        as_target, as_source, edge_w, edge_b = [], [], [], []
+        target_w, target_b = [self.lin_query.weight], [self.lin_query.bias]
+        source_w, edge_w = [], []
         for lin, mlp in ((self.lin_key, self.key_update), (self.lin_value, self.lin_msg_update)):
             of_target, of_source, of_edge = mlp[0].weight.chunk(3, dim=1)
-            as_target.append(of_target @ lin.weight)
-            as_source.append(of_source @ lin.weight)
+            target_w.append(of_target @ lin.weight)
+            source_w.append(of_source @ lin.weight)
             edge_w.append(of_edge @ self.lin_edge.weight)
-            edge_b.append((of_target + of_source) @ lin.bias + of_edge @ self.lin_edge.bias + mlp[0].bias)
+            target_b.append((of_target + of_source) @ lin.bias + of_edge @ self.lin_edge.bias + mlp[0].bias)
         gated = node_attention(
             node,
             edge,
             index.source,
             index.target,
-            torch.cat((self.lin_query.weight, *as_target, *as_source)),
-            self.lin_query.bias,
+            torch.cat(target_w),
+            torch.cat(target_b),
+            torch.cat(source_w),
             torch.cat(edge_w),
-            torch.cat(edge_b),
             self.key_update[2],
             self.lin_msg_update[2],
             self.bn_att,
+            backend=index.backend,
         )
         return softplus(node + self.bn(self.lin_concate(gated)))
 

@@ -9,7 +9,9 @@ from mgt_fast.kernels.edge_attention import edge_attention
 from mgt_fast.kernels.node_attention import node_attention
 from mgt_fast.kernels.segments import Segments
 
-C = 6
+C = 16
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+on_both_backends = pytest.mark.parametrize("backend", ["torch", "triton"])
 
 
 def gate(query, key, value, norm):
@@ -46,49 +48,55 @@ def compare(problem, ours, expected):
     torch.testing.assert_close(problem.grads(ours), problem.grads(expected), rtol=1e-9, atol=1e-10)
 
 
+@on_both_backends
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("num_edges", "num_crystals"), [(1, 1), (15, 2), (63, 5)])
-def test_edge_attention(num_edges, num_crystals, training):
+def test_edge_attention(num_edges, num_crystals, training, backend):
     p = Problem(num_edges, num_crystals)
     p.norm.train(training)
     edge, angle = p.tensor(num_edges, C), p.tensor(num_edges, 3, C)
-    frame, query_b = p.tensor(num_crystals, 3, 2 * C), p.tensor(C)
+    frame, edge_b = p.tensor(num_crystals, 3, 2 * C), p.tensor(3 * C)
     edge_w, angle_w = p.tensor(3 * C, C), p.tensor(2 * C, C)
     crystal = p.rows[0]
-    ours = edge_attention(edge, angle, frame, crystal, edge_w, query_b, angle_w, p.key, p.value, p.norm)
+    weights = edge_w, edge_b, angle_w, p.key, p.value, p.norm
+    ours = edge_attention(edge, angle, frame, crystal, *weights, backend=backend)
 
     merged = torch.cat((edge_w[C:], angle_w), dim=1)  # [2C, C + C]
     both = torch.cat((edge[:, None].expand(-1, 3, -1), angle), dim=2)
-    hidden = F.silu(both @ merged.t() + frame[crystal.index])
+    hidden = F.silu(both @ merged.t() + edge_b[C:] + frame[crystal.index])
     key, value = p.key(hidden[..., :C]), p.value(hidden[..., C:])
-    query = (edge @ edge_w[:C].t() + query_b)[:, None]
+    query = (edge @ edge_w[:C].t() + edge_b[:C])[:, None]
     compare(p, ours, gate(query, key, value, p.norm).sum(1))
 
 
+@on_both_backends
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("num_edges", "num_atoms"), [(2, 1), (15, 4), (63, 9), (5, 30)])
-def test_node_attention(num_edges, num_atoms, training):
+def test_node_attention(num_edges, num_atoms, training, backend):
     p = Problem(num_edges, num_atoms)
     p.norm.train(training)
     node, edge = p.tensor(num_atoms, C), p.tensor(num_edges, C)
-    node_w, query_b = p.tensor(5 * C, C), p.tensor(C)
-    edge_w, edge_b = p.tensor(2 * C, C), p.tensor(2 * C)
+    target_w, target_b = p.tensor(3 * C, C), p.tensor(3 * C)
+    source_w, edge_w = p.tensor(2 * C, C), p.tensor(2 * C, C)
     source, target = p.rows
-    ours = node_attention(node, edge, source, target, node_w, query_b, edge_w, edge_b, p.key, p.value, p.norm)
+    weights = target_w, target_b, source_w, edge_w, p.key, p.value, p.norm
+    ours = node_attention(node, edge, source, target, *weights, backend=backend)
 
-    query_w, target_w, source_w = node_w.split((C, 2 * C, 2 * C))
     x_i, x_j = node[target.index], node[source.index]
-    hidden = F.silu(torch.cat((x_i, x_j, edge), 1) @ torch.cat((target_w, source_w, edge_w), 1).t() + edge_b)
-    query = x_i @ query_w.t() + query_b
+    merged = torch.cat((target_w[C:], source_w, edge_w), 1)
+    hidden = F.silu(torch.cat((x_i, x_j, edge), 1) @ merged.t() + target_b[C:])
+    query = x_i @ target_w[:C].t() + target_b[:C]
     messages = gate(query, p.key(hidden[:, :C]), p.value(hidden[:, C:]), p.norm)
     compare(p, ours, torch.zeros(num_atoms, C, dtype=torch.float64).index_add(0, target.index, messages))
 
 
-def test_atoms_without_edges_receive_nothing():
+@on_both_backends
+def test_atoms_without_edges_receive_nothing(backend):
     p = Problem(0, 3)
     p.norm.eval()
     node, edge = p.tensor(3, C), p.tensor(0, C)
-    weights = p.tensor(5 * C, C), p.tensor(C), p.tensor(2 * C, C), p.tensor(2 * C)
-    out = node_attention(node, edge, *p.rows, *weights, p.key, p.value, p.norm)
-    assert torch.equal(out, torch.zeros(3, C, dtype=torch.float64))
+    weights = p.tensor(3 * C, C), p.tensor(3 * C), p.tensor(2 * C, C), p.tensor(2 * C, C)
+    out = node_attention(node, edge, *p.rows, *weights, p.key, p.value, p.norm, backend=backend)
+    assert not out.any()
+    assert out.shape == (3, C)
     assert all(not grad.any() for grad in p.grads(out))

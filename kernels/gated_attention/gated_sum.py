@@ -1,4 +1,4 @@
-"""Plain PyTorch `gated_sum`.
+"""The gate of `gated_attention` in plain PyTorch: value times sigmoid of a batch-normalised product.
 
 Autograd alone would keep some twelve (R, M, C) arrays a layer; here four are kept (the first layers' sums,
 keys and values) and everything else is made again in the backward pass. On a CPU both passes walk over
@@ -29,7 +29,8 @@ class _GatedSum(torch.autograd.Function):
     def forward(ctx, pre, query, key_w, key_b, value_w, value_b, norm_w, norm_b, norm: nn.BatchNorm1d):
         num_rows, num_keys, channels = *pre.shape[:2], query.shape[1]
         chunks = list(_chunks(num_rows, num_keys * channels, pre.device))
-        query = (query * channels**-0.5)[:, None]
+        wide = norm_b.dtype  # statistics and gates keep it where the factors are narrower
+        query = (query.to(wide) * channels**-0.5)[:, None]
         key, value = pre.new_empty(2, num_rows, num_keys, channels)
         count, mean, square = 0, torch.zeros_like(norm_b), torch.zeros_like(norm_b)
         for rows in chunks:
@@ -56,7 +57,7 @@ class _GatedSum(torch.autograd.Function):
         out = pre.new_empty(num_rows, channels)
         for rows in chunks:
             gate = _standardise(key[rows], query[rows], mean, inv_std).mul_(norm_w).add_(norm_b).sigmoid_()
-            torch.sum(gate.mul_(value[rows]), 1, out=out[rows])
+            torch.sum(gate.mul_(value[rows]), 1, dtype=out.dtype, out=out[rows])
         return out
 
     @staticmethod
@@ -81,22 +82,24 @@ class _GatedSum(torch.autograd.Function):
             grad_norm_w += grad_norm.mul_(standard).sum((0, 1))
 
         grad_pre, grad_query = torch.empty_like(pre), grad.new_empty(num_rows, channels)
-        grad_key_w, grad_value_w = torch.zeros_like(key_w), torch.zeros_like(value_w)
-        grad_key_b, grad_value_b = key_w.new_zeros(channels), value_w.new_zeros(channels)
+        wide = norm_b.dtype
+        grad_key_w, grad_value_w = (torch.zeros_like(w, dtype=wide) for w in (key_w, value_w))
+        grad_key_b, grad_value_b = torch.zeros_like(norm_b), torch.zeros_like(norm_b)
         for rows in chunks:
             standard, grad_value, grad_norm = before_gate(rows)
             if ctx.training:  # the statistics depend on every row
                 total = num_rows * num_keys
                 grad_norm.sub_(standard.mul_(grad_norm_w / total).add_(grad_norm_b / total))
             grad_product = grad_norm.mul_(norm_w * inv_std)
-            torch.sum(grad_product * key[rows], 1, out=grad_query[rows])
+            torch.sum(grad_product * key[rows], 1, dtype=grad_query.dtype, out=grad_query[rows])
             flat_key = grad_product.mul_(query[rows]).flatten(0, 1)
             flat_value = grad_value.flatten(0, 1)
-            hidden = F.silu(pre[rows]).flatten(0, 1)
-            grad_key_w.addmm_(flat_key.t(), hidden[:, :channels])
-            grad_value_w.addmm_(flat_value.t(), hidden[:, channels:])
             grad_key_b += flat_key.sum(0)
             grad_value_b += flat_value.sum(0)
+            flat_key, flat_value = flat_key.to(pre.dtype), flat_value.to(pre.dtype)
+            hidden = F.silu(pre[rows]).flatten(0, 1)
+            _add_product(grad_key_w, flat_key.t(), hidden[:, :channels])
+            _add_product(grad_value_w, flat_value.t(), hidden[:, channels:])
             grad_hidden = hidden  # its values have been used
             torch.mm(flat_key, key_w, out=grad_hidden[:, :channels])
             torch.mm(flat_value, value_w, out=grad_hidden[:, channels:])
@@ -105,14 +108,22 @@ class _GatedSum(torch.autograd.Function):
         return (
             grad_pre,
             grad_query,
-            grad_key_w,
+            grad_key_w.to(key_w.dtype),
             grad_key_b,
-            grad_value_w,
+            grad_value_w.to(value_w.dtype),
             grad_value_b,
             grad_norm_w,
             grad_norm_b,
             None,
         )
+
+
+def _add_product(total, a, b):
+    """Add a @ b to a total that may be of a wider type."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
 
 
 def _standardise(key, query, mean, inv_std):
@@ -128,21 +139,11 @@ def gated_sum(
         pre: first layers before their SiLU, key and value part side by side, (R, M, 2C).
         query: q, (R, C).
         key, value: second layers of the key and value MLPs, C → C.
-        norm: BatchNorm over all R·M rows; in training its running statistics are updated.
+        norm: BatchNorm over all R·M rows; in training its running mean and variance are updated.
 
     Returns:
         (R, C).
-
-    Raises:
-        ValueError: in training with a single row, whose statistics do not exist (as torch's BatchNorm).
-
-    Source:
-        arXiv 2507.15303, edge-wise and node-wise attention.
     """
-    if norm.training:
-        if pre.shape[0] * pre.shape[1] < 2:
-            raise ValueError(f"batch statistics need at least 2 rows, got {pre.shape[0] * pre.shape[1]}")
-        norm.num_batches_tracked += 1
-    return _GatedSum.apply(
-        pre, query, key.weight, key.bias, value.weight, value.bias, norm.weight, norm.bias, norm
-    )
+    # Under autocast pre and query come in bfloat16; the products follow them.
+    weights = (p.to(pre.dtype) for p in (key.weight, key.bias, value.weight, value.bias))
+    return _GatedSum.apply(pre, query, *weights, norm.weight, norm.bias, norm)

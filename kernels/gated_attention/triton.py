@@ -1,0 +1,411 @@
+"""Triton kernels of `gated_attention`: two before the output, two for the gradient.
+
+A program holds a tile of rows (an edge with one of its M keys). It makes the first layer's sum, its SiLU and
+the second layer's product without leaving the chip, so that of all intermediates only the keys reach device
+memory, in the factors' own type: BatchNorm's statistics need every key before any gate can be computed.
+
+    pass             per row, forward                                    products (C × C)   traffic (numbers)
+    keys             x → k, and the sums for the statistics              2                  2 C
+    values           x, k → v · gate, summed over an edge's keys         2                  2 C + C / M
+    backward values  x, k, g → gradients behind v, and of the gate       3                  6 C + C / M
+    backward keys    x, k, gradient of the gate → gradients behind k     2                  6 C + C / M
+
+The weights' gradients and that of x are plain products of what the last two leave behind: 6 more a row.
+Sums over rows are kept per tile and added in a fixed order, so two runs are bitwise equal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from ..launch import INTERPRETED, launch
+from ..precision import accumulator_dtype, dot_precision
+
+
+@triton.jit
+def _tile_rows(near_index, far_index, num_edges, M: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Rows of this program's tile: a whole number of edges, the rest of the tile stays idle."""
+    edges: tl.constexpr = BLOCK_R // M
+    slot = tl.arange(0, BLOCK_R)
+    edge = tl.program_id(0).to(tl.int64) * edges + slot // M
+    valid = (slot < edges * M) & (edge < num_edges)
+    far_row = tl.load(far_index + edge, mask=valid, other=0) * M + slot % M
+    near_row = edge if near_index is None else tl.load(near_index + edge, mask=valid, other=0)
+    return edge, edge * M + slot % M, near_row, far_row, valid
+
+
+@triton.jit
+def _first_layer(
+    x, weight, near, far, row, near_row, far_row, valid,
+    HALF: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """First layer before its SiLU, of the key (HALF = 0) or the value network (HALF = 1), [BLOCK_R, C]."""
+    channel = tl.arange(0, C)
+    inside = valid[:, None]
+    near_at = near + near_row[:, None] * (3 * C) + ((1 + HALF) * C + channel)[None, :]
+    far_at = far + far_row[:, None] * (2 * C) + (HALF * C + channel)[None, :]
+    acc = tl.load(near_at, mask=inside, other=0.0).to(ACC)
+    acc += tl.load(far_at, mask=inside, other=0.0).to(ACC)
+    for start in range(0, C, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        a = tl.load(x + row[:, None] * C + k[None, :], mask=inside, other=0.0)
+        b = tl.load(weight + (HALF * C + channel)[None, :] * C + k[:, None])
+        acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
+    return acc
+
+
+@triton.jit
+def _sum_over_keys(y, M: tl.constexpr, BLOCK_R: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """Add the M rows of each edge, [BLOCK_R, D] → [SLOTS, D]: a product with ones and zeros."""
+    slots: tl.constexpr = triton.next_power_of_2(BLOCK_R // M)
+    chosen = tl.arange(0, slots)[:, None] == (tl.arange(0, BLOCK_R) // M)[None, :]
+    return tl.dot(chosen.to(y.dtype), y, input_precision=PRECISION, out_dtype=ACC)
+
+
+@triton.jit
+def _store_edge_sum(
+    out, stride, y, row, valid, column, num_edges,
+    M: tl.constexpr, BLOCK_R: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Store the sum of y over each edge's keys at out[edge, column]."""
+    if M == 1:
+        tl.store(out + row[:, None] * stride + column[None, :], y, mask=valid[:, None])
+    else:
+        edges: tl.constexpr = BLOCK_R // M
+        slots: tl.constexpr = triton.next_power_of_2(edges)
+        y = tl.where(valid[:, None], y, 0.0)
+        total = _sum_over_keys(y, M, BLOCK_R, ACC, PRECISION).to(out.dtype.element_ty)
+        slot = tl.arange(0, slots)
+        edge = tl.program_id(0).to(tl.int64) * edges + slot
+        inside = (slot < edges) & (edge < num_edges)
+        tl.store(out + edge[:, None] * stride + column[None, :], total, mask=inside[:, None])
+
+
+@triton.jit
+def _standardise(
+    keys, near, mean, inv_std, row, near_row, valid, column,
+    C: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Keys and scaled queries of some channels, and their product standardised, each [BLOCK_R, BLOCK_N]."""
+    inside = valid[:, None]
+    key = tl.load(keys + row[:, None] * C + column[None, :], mask=inside, other=0.0).to(ACC)
+    query = tl.load(near + near_row[:, None] * (3 * C) + column[None, :], mask=inside, other=0.0).to(ACC)
+    query *= SCALE
+    standard = (key * query - tl.load(mean + column)[None, :]) * tl.load(inv_std + column)[None, :]
+    return key, query, standard
+
+
+@triton.jit(do_not_specialize=["num_edges"])
+def keys_kernel(
+    x, weight, near, near_index, far, far_index, key_w, key_b, keys, means, squares, num_edges,
+    C: tl.constexpr, M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    SCALE: tl.constexpr, STATISTICS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Keys, and each tile's mean and summed squares of query · key / √C about it."""
+    _edge, row, near_row, far_row, valid = _tile_rows(near_index, far_index, num_edges, M, BLOCK_R)
+    pre = _first_layer(
+        x, weight, near, far, row, near_row, far_row, valid, 0, C, BLOCK_K, ACC, PRECISION
+    )  # fmt: skip
+    dtype = keys.dtype.element_ty
+    hidden = (pre * tl.sigmoid(pre)).to(dtype)
+    inside = valid[:, None]
+    count = tl.sum(valid.to(ACC), 0)
+    k = tl.arange(0, C)
+    for start in range(0, C, BLOCK_N):
+        column = start + tl.arange(0, BLOCK_N)
+        b = tl.load(key_w + column[None, :] * C + k[:, None])
+        key = tl.dot(hidden, b, input_precision=PRECISION, out_dtype=ACC)
+        key = (key + tl.load(key_b + column)[None, :]).to(dtype)
+        tl.store(keys + row[:, None] * C + column[None, :], key, mask=inside)
+        if STATISTICS:
+            at = near + near_row[:, None] * (3 * C) + column[None, :]
+            product = key.to(ACC) * (tl.load(at, mask=inside, other=0.0).to(ACC) * SCALE)
+            product = tl.where(inside, product, 0.0)
+            mean = tl.sum(product, 0) / count
+            centred = tl.where(inside, product - mean[None, :], 0.0)
+            at = tl.program_id(0).to(tl.int64) * C + column
+            tl.store(means + at, mean)
+            tl.store(squares + at, tl.sum(centred * centred, 0))
+
+
+@triton.jit(do_not_specialize=["num_edges"])
+def values_kernel(
+    x, weight, near, near_index, far, far_index, value_w, value_b, keys, mean, inv_std, norm_w, norm_b,
+    out, num_edges,
+    C: tl.constexpr, M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    SCALE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Values times gates, summed over each edge's keys."""
+    _edge, row, near_row, far_row, valid = _tile_rows(near_index, far_index, num_edges, M, BLOCK_R)
+    pre = _first_layer(
+        x, weight, near, far, row, near_row, far_row, valid, 1, C, BLOCK_K, ACC, PRECISION
+    )  # fmt: skip
+    dtype = out.dtype.element_ty
+    hidden = (pre * tl.sigmoid(pre)).to(dtype)
+    k = tl.arange(0, C)
+    for start in range(0, C, BLOCK_N):
+        column = start + tl.arange(0, BLOCK_N)
+        b = tl.load(value_w + column[None, :] * C + k[:, None])
+        value = tl.dot(hidden, b, input_precision=PRECISION, out_dtype=ACC)
+        value += tl.load(value_b + column)[None, :]
+        _key, _query, standard = _standardise(
+            keys, near, mean, inv_std, row, near_row, valid, column, C, SCALE, ACC
+        )  # fmt: skip
+        gate = tl.sigmoid(standard * tl.load(norm_w + column)[None, :] + tl.load(norm_b + column)[None, :])
+        _store_edge_sum(
+            out, C, (gate * value).to(dtype), row, valid, column, num_edges, M, BLOCK_R, ACC, PRECISION
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_edges"])
+def backward_values_kernel(
+    grad, x, weight, near, near_index, far, far_index, value_w, value_b, keys, mean, inv_std, norm_w, norm_b,
+    grad_norm, grad_value, hiddens, grad_pre, grad_near, sums, num_edges,
+    C: tl.constexpr, M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    SCALE: tl.constexpr, PRE_STRIDE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the norm's output and of the value network, and each tile's column sums of the former."""
+    edge, row, near_row, far_row, valid = _tile_rows(near_index, far_index, num_edges, M, BLOCK_R)
+    dtype = x.dtype.element_ty
+    inside = valid[:, None]
+    k = tl.arange(0, C)
+    pre = _first_layer(
+        x, weight, near, far, row, near_row, far_row, valid, 1, C, BLOCK_K, ACC, PRECISION
+    )  # fmt: skip
+    # The sum waits where its gradient will stand: beside the accumulator below registers would run out.
+    pre_at = grad_pre + row[:, None] * PRE_STRIDE + (C + k)[None, :]
+    tl.store(pre_at, pre.to(dtype), mask=inside)
+    hidden = (pre * tl.sigmoid(pre)).to(dtype)
+    tl.store(hiddens + row[:, None] * C + k[None, :], hidden, mask=inside)
+    grad_hidden = tl.zeros((BLOCK_R, C), ACC)
+    tile = tl.program_id(0).to(tl.int64) * (3 * C)
+    for start in range(0, C, BLOCK_N):
+        column = start + tl.arange(0, BLOCK_N)
+        at = row[:, None] * C + column[None, :]
+        w = tl.load(value_w + column[:, None] * C + k[None, :])  # [BLOCK_N, C]
+        value = tl.dot(hidden, tl.trans(w), input_precision=PRECISION, out_dtype=ACC)
+        value += tl.load(value_b + column)[None, :]
+        _key, _query, standard = _standardise(
+            keys, near, mean, inv_std, row, near_row, valid, column, C, SCALE, ACC
+        )  # fmt: skip
+        gate = tl.sigmoid(standard * tl.load(norm_w + column)[None, :] + tl.load(norm_b + column)[None, :])
+        g = tl.load(grad + edge[:, None] * C + column[None, :], mask=inside, other=0.0).to(ACC)
+        g_value = gate * g
+        g_norm = g_value * value * (1.0 - gate)
+        tl.store(grad_norm + at, g_norm.to(dtype), mask=inside)
+        tl.store(sums + tile + column, tl.sum(g_norm, 0))
+        tl.store(sums + tile + C + column, tl.sum(g_norm * standard, 0))
+        tl.store(sums + tile + 2 * C + column, tl.sum(g_value, 0))
+        narrow = g_value.to(dtype)
+        tl.store(grad_value + at, narrow, mask=inside)
+        grad_hidden = tl.dot(narrow, w, grad_hidden, input_precision=PRECISION, out_dtype=ACC)
+    tl.debug_barrier()  # every thread's part of the sum has been stored
+    pre = tl.load(pre_at, mask=inside, other=0.0).to(ACC)
+    sigmoid = tl.sigmoid(pre)
+    g_pre = (grad_hidden * (sigmoid * (1.0 + pre * (1.0 - sigmoid)))).to(dtype)
+    tl.store(pre_at, g_pre, mask=inside)
+    if M > 1:
+        _store_edge_sum(
+            grad_near, 3 * C, g_pre, row, valid, 2 * C + k, num_edges, M, BLOCK_R, ACC, PRECISION
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_edges"])
+def backward_keys_kernel(
+    x, weight, near, near_index, far, far_index, key_w, keys, mean, inv_std, scale, shift, slope,
+    grad_norm, hiddens, grad_pre, grad_near, sums, num_edges,
+    C: tl.constexpr, M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    SCALE: tl.constexpr, PRE_STRIDE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the queries and the key network; the keys' own replaces `grad_norm`.
+
+    Through BatchNorm the gradient of query · key / √C is scale · (grad_norm − shift − slope · standardised).
+    """
+    edge, row, near_row, far_row, valid = _tile_rows(near_index, far_index, num_edges, M, BLOCK_R)
+    dtype = x.dtype.element_ty
+    inside = valid[:, None]
+    k = tl.arange(0, C)
+    acc = tl.zeros((BLOCK_R, C), ACC)
+    tile = tl.program_id(0).to(tl.int64) * C
+    for start in range(0, C, BLOCK_N):
+        column = start + tl.arange(0, BLOCK_N)
+        at = row[:, None] * C + column[None, :]
+        key, query, standard = _standardise(
+            keys, near, mean, inv_std, row, near_row, valid, column, C, SCALE, ACC
+        )  # fmt: skip
+        g = tl.load(grad_norm + at, mask=inside, other=0.0).to(ACC)
+        g -= tl.load(shift + column)[None, :] + tl.load(slope + column)[None, :] * standard
+        g = tl.where(inside, g * tl.load(scale + column)[None, :], 0.0)
+        g_key = g * query
+        tl.store(sums + tile + column, tl.sum(g_key, 0))
+        g_query = (g * key * SCALE).to(dtype)
+        _store_edge_sum(
+            grad_near, 3 * C, g_query, edge, valid, column, num_edges, M, BLOCK_R, ACC, PRECISION
+        )  # fmt: skip
+        narrow = g_key.to(dtype)
+        tl.store(grad_norm + at, narrow, mask=inside)
+        w = tl.load(key_w + column[:, None] * C + k[None, :])  # [BLOCK_N, C]
+        acc = tl.dot(narrow, w, acc, input_precision=PRECISION, out_dtype=ACC)
+    # The first layer is made again: beside its accumulator this one does not fit, so it waits in memory.
+    pre_at = grad_pre + row[:, None] * PRE_STRIDE + k[None, :]
+    tl.store(pre_at, acc.to(dtype), mask=inside)
+    pre = _first_layer(
+        x, weight, near, far, row, near_row, far_row, valid, 0, C, BLOCK_K, ACC, PRECISION
+    )  # fmt: skip
+    sigmoid = tl.sigmoid(pre)
+    tl.store(hiddens + row[:, None] * C + k[None, :], (pre * sigmoid).to(dtype), mask=inside)
+    tl.debug_barrier()  # every thread's part of the accumulator has been stored
+    grad_hidden = tl.load(pre_at, mask=inside, other=0.0).to(ACC)
+    g_pre = (grad_hidden * (sigmoid * (1.0 + pre * (1.0 - sigmoid)))).to(dtype)
+    tl.store(pre_at, g_pre, mask=inside)
+    if M > 1:
+        _store_edge_sum(
+            grad_near, 3 * C, g_pre, row, valid, C + k, num_edges, M, BLOCK_R, ACC, PRECISION
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Shape of a kernel's tile: rows, steps over summed and over computed channels; warps and stages."""
+
+    rows: int
+    k: int
+    n: int
+    warps: int
+    stages: int
+
+
+# Chosen so that nothing spills and shared memory suffices on compute capability 8.0 and 9.0.
+_FORWARD = {
+    (2, 128): Tile(128, 64, 64, 8, 3),
+    (2, 256): Tile(128, 64, 64, 8, 2),
+    (2, 512): Tile(32, 32, 64, 8, 2),
+    (4, 128): Tile(64, 32, 32, 8, 2),
+    (4, 256): Tile(64, 32, 32, 8, 2),
+    (4, 512): Tile(32, 16, 16, 8, 2),
+}
+_BACKWARD = {
+    (2, 128): Tile(64, 64, 64, 8, 2),
+    (2, 256): Tile(64, 32, 32, 8, 2),
+    (2, 512): Tile(32, 16, 16, 8, 2),
+    (4, 128): Tile(64, 32, 32, 8, 2),
+    (4, 256): Tile(32, 16, 16, 8, 2),
+    (4, 512): Tile(16, 16, 16, 8, 1),
+}
+
+
+def _tile(table: dict, channels: int, dtype: torch.dtype) -> Tile:
+    known = table.get((dtype.itemsize, channels))
+    if known is not None and not INTERPRETED:
+        return known
+    step = min(channels, 32)  # other sizes: small, so that they fit anywhere
+    return Tile(16, step, step, 4, 1)
+
+
+class _Launcher:
+    """What the four kernels share: sizes, the graph's rows and the compile-time arguments."""
+
+    def __init__(self, table, x, weight, near, near_index, far, far_index):
+        self.num_edges, self.num_keys, self.channels = x.shape
+        self.tile = tile = _tile(table, self.channels, x.dtype)
+        self.edges = tile.rows // self.num_keys
+        self.num_tiles = triton.cdiv(self.num_edges, self.edges)
+        self.inputs = (x, weight, near, near_index, far, far_index)
+        self.accumulator = accumulator_dtype(x.dtype)
+        self.constants = {
+            "C": self.channels,
+            "M": self.num_keys,
+            "BLOCK_R": tile.rows,
+            "BLOCK_K": tile.k,
+            "BLOCK_N": tile.n,
+            "SCALE": self.channels**-0.5,
+            "ACC": tl.float64 if self.accumulator == torch.float64 else tl.float32,
+            "PRECISION": dot_precision() if x.dtype == torch.float32 else "ieee",
+        }
+
+    def __call__(self, kernel, *args, **constants):
+        options = {"num_warps": self.tile.warps, "num_stages": self.tile.stages}
+        launch(kernel, (self.num_tiles,), *args, self.num_edges, **self.constants, **constants, **options)
+
+    def partial(self, *shape: int) -> torch.Tensor:
+        """Room for what every tile adds up for itself."""
+        return torch.empty(self.num_tiles, *shape, dtype=self.accumulator, device=self.inputs[0].device)
+
+    def merge(self, means: torch.Tensor, squares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and biased variance over all rows from those of the tiles (Chan et al. 1979)."""
+        first = torch.arange(self.num_tiles, device=means.device) * self.edges
+        count = (self.num_edges - first).clamp(max=self.edges)[:, None].to(means.dtype) * self.num_keys
+        total = self.num_edges * self.num_keys
+        mean = (means * count).sum(0) / total
+        return mean, (squares.sum(0) + ((means - mean).square() * count).sum(0)) / total
+
+
+def forward_keys(x, weight, near, near_index, far, far_index, key_w, key_b, training):
+    """Return the keys (E, M, C) and, in training, mean and biased variance of the products, (C,) each."""
+    run = _Launcher(_FORWARD, x, weight, near, near_index, far, far_index)
+    keys = torch.empty_like(x)
+    means, squares = (run.partial(run.channels) if training else None for _ in range(2))
+    run(keys_kernel, *run.inputs, key_w, key_b, keys, means, squares, STATISTICS=training)
+    return (keys, *run.merge(means, squares)) if training else (keys, None, None)
+
+
+def forward_values(
+    x, weight, near, near_index, far, far_index, value_w, value_b, keys, mean, inv_std, norm_w, norm_b
+):
+    """Return the gated values' sum over each edge's keys, (E, C)."""
+    run = _Launcher(_FORWARD, x, weight, near, near_index, far, far_index)
+    out = x.new_empty(run.num_edges, run.channels)
+    run(values_kernel, *run.inputs, value_w, value_b, keys, mean, inv_std, norm_w, norm_b, out)
+    return out
+
+
+def backward(
+    grad, x, weight, near, near_index, far, far_index,
+    key_w, value_w, value_b, keys, mean, inv_std, norm_w, norm_b, training,
+):  # fmt: skip
+    """Return the gradients, those of `near` and `far` still one row an edge.
+
+    Returns:
+        x (E, M, C); weight (2C, C); near rows (E, 3C); far rows (E, M · 2C), which may be a view of the
+        former's columns; key_w, key_b, value_w, value_b, norm_w, norm_b.
+    """
+    run = _Launcher(_BACKWARD, x, weight, near, near_index, far, far_index)
+    rows, channels = run.num_edges * run.num_keys, run.channels
+    grad_norm, grad_value, hiddens = x.new_empty(3, rows, channels)
+    grad_near = x.new_empty(run.num_edges, 3 * channels)
+    grad_pre = x.new_empty(rows, 2 * channels) if run.num_keys > 1 else grad_near[:, channels:]
+    statistics = (mean, inv_std)
+    stride = {"PRE_STRIDE": grad_pre.stride(0)}
+
+    sums = run.partial(3, channels)
+    run(
+        backward_values_kernel, grad, *run.inputs, value_w, value_b, keys, *statistics, norm_w, norm_b,
+        grad_norm, grad_value, hiddens, grad_pre, grad_near, sums, **stride,
+    )  # fmt: skip
+    grad_norm_b, grad_norm_w, grad_value_b = (total.clone() for total in sums.sum(0))
+    grad_value_w = grad_value.t() @ hiddens
+
+    scale = norm_w * inv_std
+    shift, slope = sums[:, :2].sum(0) / max(rows, 1) if training else scale.new_zeros(2, channels)
+    sums = run.partial(channels)
+    run(
+        backward_keys_kernel, *run.inputs, key_w, keys, *statistics, scale, shift, slope,
+        grad_norm, hiddens, grad_pre, grad_near, sums, **stride,
+    )  # fmt: skip
+    grad_key = grad_norm  # the kernel has replaced one by the other
+    return (
+        (grad_pre @ weight).view_as(x),
+        grad_pre.t() @ x.view(rows, channels),
+        grad_near,
+        grad_pre.view(run.num_edges, -1) if run.num_keys > 1 else grad_pre,
+        grad_key.t() @ hiddens,
+        sums.sum(0),
+        grad_value_w,
+        grad_value_b,
+        grad_norm_w,
+        grad_norm_b,
+    )
