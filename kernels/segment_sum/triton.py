@@ -18,7 +18,7 @@ MAX_COLUMNS = 128
 
 @triton.jit
 def _sum_rows_kernel(
-    y, order, ptr, out, columns, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, SUM: tl.constexpr
+    y, stride, order, ptr, out, columns, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, SUM: tl.constexpr
 ):
     """One segment and COLUMNS columns a program."""
     segment = tl.program_id(0).to(tl.int64)
@@ -30,19 +30,22 @@ def _sum_rows_kernel(
         place = start + tl.arange(0, BLOCK)
         row = tl.load(order + place, mask=place < last, other=0)
         mask = (place < last)[:, None] & inside[None, :]
-        total += tl.load(y + row[:, None] * columns + column[None, :], mask=mask, other=0).to(SUM)
+        total += tl.load(y + row[:, None] * stride + column[None, :], mask=mask, other=0).to(SUM)
     tl.store(out + segment * columns + column, tl.sum(total, 0), mask=inside)
 
 
 def sum_rows(y: torch.Tensor, order: torch.Tensor, ptr: torch.Tensor) -> torch.Tensor:
-    """Launch `sum_rows`; see reference.py."""
+    """Launch `sum_rows`; see reference.py. The rows of y may be columns of wider ones."""
+    if y.stride(1) != 1:
+        y = y.contiguous()
     num_segments, columns = ptr.shape[0] - 1, y.shape[1]
     out = y.new_empty(num_segments, columns)
     block = min(triton.next_power_of_2(max(columns, 1)), MAX_COLUMNS)
     launch(
         _sum_rows_kernel,
         (num_segments, triton.cdiv(columns, block)),
-        y.contiguous(),
+        y,
+        y.stride(0),
         order,
         ptr,
         out,
