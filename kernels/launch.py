@@ -35,18 +35,41 @@ class Launch:
         return self.kernel.fn.__name__
 
 
-_watchers: list[tuple[list[Launch], bool]] = []
+@dataclass(frozen=True, eq=False)
+class _Watcher:
+    seen: list[Launch]
+    run: bool
+    arch: int | None
+
+
+_watchers: list[_Watcher] = []
 
 
 @contextmanager
-def watch_launches(*, run: bool = True) -> Iterator[list[Launch]]:
-    """List every launch inside the block; with `run` false kernels are listed and not run."""
-    seen: list[Launch] = []
-    _watchers.append((seen, run))
+def watch_launches(*, run: bool = True, arch: int | None = None) -> Iterator[list[Launch]]:
+    """List every launch inside the block.
+
+    Args:
+        run: whether the kernels run as well.
+        arch: compute capability to choose tiles for instead of the device's, 80 or 90.
+    """
+    watcher = _Watcher([], run, arch)
+    _watchers.append(watcher)
     try:
-        yield seen
+        yield watcher.seen
     finally:
-        _watchers.remove((seen, run))
+        _watchers.remove(watcher)
+
+
+def target_arch(device: torch.device) -> int:
+    """Compute capability that kernels are chosen for: 90 for 9.0; 0 in the interpreter."""
+    for watcher in _watchers:
+        if watcher.arch is not None:
+            return watcher.arch
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def launch(kernel, grid: tuple[int, ...], *args, num_warps: int = 4, num_stages: int = 2, **constants):
@@ -60,9 +83,9 @@ def launch(kernel, grid: tuple[int, ...], *args, num_warps: int = 4, num_stages:
         num_stages: depth of software pipelining.
         constants: the kernel's compile-time arguments.
     """
-    for seen, _ in _watchers:
+    for watcher in _watchers:
         described = tuple(arg.dtype if isinstance(arg, torch.Tensor) else arg for arg in args)
         options = {"num_warps": num_warps, "num_stages": num_stages}
-        seen.append(Launch(kernel, described, constants, options))
-    if 0 not in grid and all(run for _, run in _watchers):
+        watcher.seen.append(Launch(kernel, described, constants, options))
+    if 0 not in grid and all(watcher.run for watcher in _watchers):
         kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
