@@ -19,7 +19,7 @@ from .graph import CrystalGraph
 from .kernels.activations import softplus
 from .kernels.edge_attention import edge_attention
 from .kernels.node_attention import node_attention
-from .kernels.rbf_embedding import rbf_linear
+from .kernels.rbf_embedding import rbf_embedding
 from .kernels.segments import Segments
 from .kernels.tensor_product import TensorProductShape, tensor_product_1, tensor_product_2
 
@@ -91,15 +91,18 @@ class RBF(nn.Module):
 
 
 class RBFEmbedding(nn.Sequential):
-    """Linear(RBF(x)), (R,) → (R, C); the caller applies the activation."""
+    """Activation(Linear(RBF(x))), (R,) → (R, C)."""
 
-    def __init__(self, low: float, high: float, channels: int):
+    def __init__(self, low: float, high: float, channels: int, activation: str):
         super().__init__(RBF(low, high, channels), nn.Linear(channels, channels))
+        self.activation = activation
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, backend: str = "torch") -> torch.Tensor:
         """Embed R values."""
         rbf, linear = self
-        return rbf_linear(x, linear.weight, linear.bias, rbf.centers, rbf.spacing)
+        return rbf_embedding(
+            x, linear.weight, linear.bias, rbf.centers, rbf.spacing, self.activation, backend=backend
+        )
 
 
 def _mlp(channels: int) -> nn.Sequential:

@@ -15,7 +15,6 @@ from torch import nn
 from .config import MGTConfig
 from .graph import CrystalGraph
 from .kernels import check_backend, resolve_backend
-from .kernels.activations import softplus
 from .kernels.segments import gather_rows, segment_mean
 from .kernels.tensor_product import TensorProductShape, spherical_harmonics
 from .layers import (
@@ -61,8 +60,8 @@ class SE3Encoder(nn.Module):
         super().__init__()
         channels, blocks = config.channels, range(config.num_blocks)
         self.atom_embedding = AtomEmbedding(channels)
-        self.edge_embedding = RBFEmbedding(-4.0, 4.0, channels)
-        self.angle_embedding = RBFEmbedding(-1.0, 1.0, channels)
+        self.edge_embedding = RBFEmbedding(-4.0, 4.0, channels, "softplus")
+        self.angle_embedding = RBFEmbedding(-1.0, 1.0, channels, "softplus")
         self.edges_layer = nn.ModuleList(EdgeWiseAttention(channels) for _ in blocks)
         self.atoms_layer = nn.ModuleList(NodeWiseAttention(channels) for _ in blocks)
 
@@ -72,10 +71,10 @@ class SE3Encoder(nn.Module):
         if cosine_noise is not None:
             cosines = cosines + cosine_noise
         node = self.atom_embedding(graph.numbers)
-        edge = softplus(self.edge_embedding(inverse_length(graph.edge_vec)))
-        angle = softplus(self.angle_embedding(cosines.flatten())).unflatten(0, (-1, 3))  # [E, 3, C]
+        edge = self.edge_embedding(inverse_length(graph.edge_vec), index.backend)
+        angle = self.angle_embedding(cosines.flatten(), index.backend).unflatten(0, (-1, 3))  # [E, 3, C]
         lengths = inverse_length(graph.frame)  # [B, 3]
-        frame = softplus(self.edge_embedding(lengths.flatten())).unflatten(0, (-1, 3))  # [B, 3, C]
+        frame = self.edge_embedding(lengths.flatten(), index.backend).unflatten(0, (-1, 3))  # [B, 3, C]
         for edge_wise, node_wise in zip(self.edges_layer, self.atoms_layer, strict=True):
             edge = edge_wise(edge, angle, frame, index)
             node = node_wise(node, edge, index)
@@ -90,7 +89,7 @@ class SO3Encoder(nn.Module):
         channels, blocks = config.channels, range(config.num_blocks)
         shape = TensorProductShape(config.num_scalars, config.num_vectors)
         self.atom_embedding = AtomEmbedding(channels)
-        self.edge_embedding = RBFEmbedding(-4.0, 4.0, channels)
+        self.edge_embedding = RBFEmbedding(-4.0, 4.0, channels, "silu")
         self.equi_update = nn.ModuleList(EquivariantUpdate(channels, shape) for _ in blocks)
         self.transconv = nn.ModuleList(NodeWiseAttention(channels) for _ in blocks)
 
@@ -98,7 +97,7 @@ class SO3Encoder(nn.Module):
         """Encode the graph; the noise, if any, is added to the edge vectors."""
         edge_vec = graph.edge_vec if vector_noise is None else graph.edge_vec + vector_noise
         node = self.atom_embedding(graph.numbers)
-        edge = F.silu(self.edge_embedding(inverse_length(edge_vec)))
+        edge = self.edge_embedding(inverse_length(edge_vec), index.backend)
         harmonics = spherical_harmonics(F.normalize(edge_vec, dim=1))
         for equivariant, node_wise in zip(self.equi_update, self.transconv, strict=True):
             node, vectors = equivariant(node, edge, harmonics, index)

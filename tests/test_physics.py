@@ -133,7 +133,7 @@ def test_tensor_features_are_equivariant(model):
 
     def features(edge_vec):
         unit = edge_vec / edge_vec.norm(dim=1, keepdim=True)
-        edge = torch.nn.functional.silu(encoder.edge_embedding(inverse_length(edge_vec)))
+        edge = encoder.edge_embedding(inverse_length(edge_vec))
         node = encoder.atom_embedding(graph.numbers)
         parts = encoder.equi_update[0].features(node, edge, spherical_harmonics(unit), GraphIndex(graph))
         return torch.cat([part.flatten(1) for part in parts], dim=1)

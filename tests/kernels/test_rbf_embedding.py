@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mgt_fast.kernels.rbf_embedding import rbf_linear
+from mgt_fast.kernels.rbf_embedding import rbf_embedding
 
 
 def dense(x, weight, bias, centers, spacing):
@@ -23,17 +23,17 @@ def problem(num_rows, num_centers, low=-4.0, high=4.0):
 @pytest.mark.parametrize("num_centers", [4, 13, 64, 256])
 def test_local_support_equals_dense_basis(num_rows, num_centers):
     arguments = problem(num_rows, num_centers)
-    torch.testing.assert_close(rbf_linear(*arguments), dense(*arguments), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(rbf_embedding(*arguments), dense(*arguments), rtol=1e-13, atol=1e-13)
 
 
 def test_far_outside_only_the_bias_is_left():
     _, weight, bias, centers, spacing = problem(1, 64)
     far = torch.tensor([-1e6, 1e6, -float("inf")], dtype=torch.float64)
-    torch.testing.assert_close(rbf_linear(far, weight, bias, centers, spacing), bias.expand(3, -1))
+    torch.testing.assert_close(rbf_embedding(far, weight, bias, centers, spacing), bias.expand(3, -1))
 
 
 def test_gradients():
     x, weight, bias, centers, spacing = problem(6, 20)
     for tensor in (x, weight, bias):
         tensor.requires_grad_()
-    assert torch.autograd.gradcheck(lambda *a: rbf_linear(*a, centers, spacing), (x, weight, bias))
+    assert torch.autograd.gradcheck(lambda *a: rbf_embedding(*a, centers, spacing), (x, weight, bias))
