@@ -8,19 +8,11 @@ from numbers import Integral
 
 import torch
 
-from . import _C
+from . import _C, neighbors_cuda
 from .structures import CrystalBatch
 
 SHELL_TOLERANCE = 1e-4
 """Relative width of a shell of neighbours: distances no farther apart count as equal."""
-
-_DTYPES = {
-    "numbers": torch.int64,
-    "frac_coords": torch.float64,
-    "cell": torch.float64,
-    "batch_ptr": torch.int64,
-    "pbc": torch.bool,
-}
 
 
 @dataclass(frozen=True)
@@ -38,6 +30,7 @@ class CrystalGraph:
         batch_ptr: first atom of each crystal and N at the end, (B + 1,) int64.
         row_ptr: first edge of each atom (CSR over row 0) and E at the end, (N + 1,) int64.
         ids: one name a crystal.
+        status: of a graph built with `max_edges`; see `neighbor_list`.
     """
 
     numbers: torch.Tensor
@@ -48,6 +41,7 @@ class CrystalGraph:
     batch_ptr: torch.Tensor
     row_ptr: torch.Tensor
     ids: tuple[str, ...]
+    status: ListStatus | None = None
 
     @property
     def num_atoms(self) -> int:
@@ -94,6 +88,7 @@ class NeighborList:
             distances d from an atom, d_k that of its k-th neighbour. An atom whose margin is below the
             relative noise of its distances may gain or lose a shell. At most shell_tolerance, which the k-th
             neighbour itself is away.
+        status: of a list built with `max_edges`; see `neighbor_list`.
     """
 
     edge_index: torch.Tensor
@@ -101,6 +96,43 @@ class NeighborList:
     cell_shift: torch.Tensor
     row_ptr: torch.Tensor
     shell_margin: torch.Tensor | None = None
+    status: ListStatus | None = None
+
+
+@dataclass(frozen=True)
+class ListStatus:
+    """What became of a list of fixed capacity, known on the device alone until `check` asks.
+
+    Attributes:
+        device_values: number of edges there are, and index of the first crystal that is refused (B if all is
+            well), (2,) int64 on the device.
+        max_edges: the capacity.
+        crystals: the batch.
+        options: how `neighbor_list` was called.
+    """
+
+    device_values: torch.Tensor
+    max_edges: int
+    crystals: CrystalBatch
+    options: dict
+
+    def check(self) -> int:
+        """Return the number of edges; this waits for the device.
+
+        Raises:
+            ValueError: for a crystal at fault, as `neighbor_list` does; if `max_edges` is too small: the
+                list is then empty, and the message names the capacity needed.
+        """
+        n_edges, fault = self.device_values.tolist()
+        if fault < len(self.crystals):
+            _C.neighbor_list(_arrays(self.crystals.to("cpu")), **self.options)  # raises, and says why
+            raise RuntimeError(
+                f"structure {self.crystals.ids[fault]!r} was refused on {self.device_values.device} and "
+                "accepted on the CPU; please report it"
+            )
+        if n_edges > self.max_edges:
+            raise ValueError(f"max_edges = {self.max_edges}, but there are {n_edges} edges; make it larger")
+        return n_edges
 
 
 def neighbor_list(
@@ -112,6 +144,7 @@ def neighbor_list(
     shell_tolerance: float = SHELL_TOLERANCE,
     shell_margin: bool = False,
     threads: int | None = None,
+    max_edges: int | None = None,
 ) -> NeighborList:
     """Find the neighbours of every atom, periodic images among them.
 
@@ -119,8 +152,12 @@ def neighbor_list(
     with d <= d_k (1 + shell_tolerance), d_k the distance of its k-th, so that shells of equal distances stay
     whole; then each edge is joined by its reverse, each once: it is listed if either of its ends keeps it.
 
+    Crystals on a CUDA device are worked on there, and the list is the same, pair for pair and in order. The
+    host waits once, for the number of edges; with `max_edges` it does not, and the call can be captured in a
+    CUDA graph (after one call that loads the kernels).
+
     Args:
-        crystals: B crystals on the CPU; atoms may lie outside the cell, cells may be skewed.
+        crystals: B crystals; atoms may lie outside the cell, cells may be skewed.
         cutoff: largest distance, Å.
         max_neighbors: k; atoms get at least so many neighbours.
         half: keep one of each edge (i, j, S) and its reverse (j, i, −S): the one with i < j or, between
@@ -129,6 +166,9 @@ def neighbor_list(
         shell_margin: report in `NeighborList.shell_margin` how close shells are to the tolerance.
         threads: threads over the crystals, at most one a core; torch's number when absent. The result does
             not depend on it.
+        max_edges: on a CUDA device: return arrays of this many edges, zero after the last one, and report in
+            `NeighborList.status`. The edges there are end at row_ptr[-1]; if they do not fit, or a crystal is
+            at fault, the list is empty and `status.check()` raises.
 
     Raises:
         TypeError: for a batch whose tensors have other types than `CrystalBatch` says.
@@ -147,16 +187,32 @@ def neighbor_list(
         raise ValueError(f"shell_tolerance = {shell_tolerance}; it must lie in [0, 1)")
     if shell_margin and max_neighbors is None:
         raise ValueError("shell_margin needs max_neighbors: with a cutoff there are no shells")
-    found = _C.neighbor_list(
-        _arrays(crystals),
-        cutoff=cutoff or 0.0,
-        max_neighbors=max_neighbors or 0,
-        half=half,
-        shell_tolerance=shell_tolerance,
-        shell_margin=shell_margin,
-        threads=_threads(threads),
-    )
+    if max_edges is not None:
+        _check_count("max_edges", max_edges)
+    options = {
+        "cutoff": cutoff or 0.0,
+        "max_neighbors": max_neighbors or 0,
+        "half": half,
+        "shell_tolerance": shell_tolerance,
+        "shell_margin": shell_margin,
+        "threads": _threads(threads),
+    }
+    if crystals.numbers.is_cuda:
+        return _neighbors_on_device(crystals, options, max_edges)
+    if max_edges is not None:
+        raise ValueError(f"max_edges needs crystals on a CUDA device; they are on {crystals.numbers.device}")
+    found = _C.neighbor_list(_arrays(crystals), **options)
     return NeighborList(**{name: torch.from_numpy(array) for name, array in found.items()})
+
+
+def _neighbors_on_device(crystals: CrystalBatch, options: dict, max_edges: int | None) -> NeighborList:
+    _check_tensors(crystals)
+    search = neighbors_cuda.count_edges(crystals, **{k: v for k, v in options.items() if k != "threads"})
+    if max_edges is None:
+        n_edges = ListStatus(search.status, 2**63 - 1, crystals, options).check()
+        return NeighborList(**neighbors_cuda.fill_edges(search, n_edges, padded=False))
+    status = ListStatus(search.status, max_edges, crystals, options)
+    return NeighborList(**neighbors_cuda.fill_edges(search, max_edges, padded=True), status=status)
 
 
 def build_graph(
@@ -231,17 +287,36 @@ def _threads(threads: int | None) -> int:
     return threads
 
 
+def _check_tensors(crystals: CrystalBatch) -> None:
+    n_atoms, n_crystals = crystals.numbers.numel(), len(crystals)
+    expected = {
+        "numbers": (torch.int64, (n_atoms,)),
+        "frac_coords": (torch.float64, (n_atoms, 3)),
+        "cell": (torch.float64, (n_crystals, 3, 3)),
+        "batch_ptr": (torch.int64, (n_crystals + 1,)),
+        "pbc": (torch.bool, (n_crystals, 3)),
+    }
+    for name, (dtype, shape) in expected.items():
+        tensor = getattr(crystals, name)
+        if tensor.dtype != dtype:
+            raise TypeError(
+                f"crystals.{name} is {tensor.dtype}, expected {dtype}; CrystalBatch.from_arrays converts it"
+            )
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"crystals.{name} has shape {tuple(tensor.shape)}, expected {shape}")
+        if tensor.device != crystals.numbers.device:
+            raise ValueError(
+                f"crystals.{name} is on {tensor.device} and crystals.numbers on {crystals.numbers.device}; "
+                "move the batch as a whole with crystals.to(device)"
+            )
+
+
 def _arrays(crystals: CrystalBatch) -> _C.Batch:
     """Hand the batch to the compiled part, without a copy where it is contiguous."""
     if crystals.numbers.device.type != "cpu":
         raise ValueError(
             f"crystals are on {crystals.numbers.device}; bring them back with crystals.to('cpu')"
         )
-    for name, dtype in _DTYPES.items():
-        given = getattr(crystals, name).dtype
-        if given != dtype:
-            raise TypeError(
-                f"crystals.{name} is {given}, expected {dtype}; CrystalBatch.from_arrays converts it"
-            )
+    _check_tensors(crystals)
     tensors = (crystals.frac_coords, crystals.cell, crystals.batch_ptr, crystals.pbc)
     return _C.Batch(*(tensor.contiguous().numpy() for tensor in tensors), crystals.ids)

@@ -1,0 +1,269 @@
+"""The CUDA neighbour list without a GPU: its kernels' source runs on the host, block by block."""
+
+import importlib.util
+import re
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from crystals import Crystal, batch_of, described_anew, prototypes, supercell
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from test_neighbor_list import CUBIC, FAULTS, all_pairs, with_frac
+from test_neighbor_list import crystals as crystals_of_any_shape
+
+from mgt_fast import _C, CrystalBatch, graph, neighbor_list, neighbors_cuda
+from mgt_fast.cuda_module import CudaModule
+
+_emulated = pytest.importorskip("mgt_fast._emulated", reason="built by editable installs on Linux")
+
+PBC = st.tuples(st.booleans(), st.booleans(), st.booleans())
+
+
+class EmulatedModule:
+    """Stands in for a CudaModule: the same kernels, on the host and its memory."""
+
+    def __init__(self):
+        self.launched = []
+
+    def launch(self, kernel, blocks, threads, *args):
+        values = [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args]
+        self.launched.append(kernel)
+        if blocks:
+            _emulated.launch(kernel, blocks, threads, *values)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kernels():
+    with pytest.MonkeyPatch.context() as patch:
+        module = EmulatedModule()
+        patch.setattr(neighbors_cuda, "KERNELS", module)
+        yield module
+
+
+def options(**given):
+    defaults = {"cutoff": 0.0, "max_neighbors": 0, "half": False, "shell_tolerance": 1e-4}
+    return {**defaults, "shell_margin": False, "threads": 1, **given}
+
+
+def on_device(batch, max_edges=None, **given):
+    return graph._neighbors_on_device(batch, options(**given), max_edges)
+
+
+def assert_same_lists(batch, **mode):
+    found, expected = on_device(batch, **mode), neighbor_list(batch, **mode)
+    for name, tensor in vars(expected).items():
+        other = getattr(found, name)
+        assert other is None if tensor is None else torch.equal(other, tensor), name
+
+
+def test_the_kernels_run(kernels):
+    kernels.launched.clear()
+    on_device(batch_of(CUBIC), max_neighbors=6)
+    assert kernels.launched == ["prepare_crystals", "find_shells", "count_edges", "fill_edges"]
+
+
+@pytest.mark.parametrize("k", [1, 12, 25])
+def test_equals_the_host_on_prototypes(k):
+    crystals = [c for _, c in prototypes(16)][:: 3 if k == 12 else 9]
+    assert_same_lists(batch_of(*crystals), max_neighbors=k, shell_margin=True)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("cutoff", [2.0, 5.0])
+def test_equals_the_host_within_a_cutoff(cutoff, half):
+    rng = np.random.default_rng(0)
+    crystals = [described_anew(c, rng) for _, c in prototypes(12)][::7]
+    assert_same_lists(batch_of(*crystals), cutoff=cutoff, half=half)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(crystals_of_any_shape(), st.floats(0.5, 7.0), PBC, st.booleans())
+def test_equals_the_host_on_any_cell_within_a_cutoff(crystal, cutoff, pbc, half):
+    assume(not len(all_pairs(crystal, 0.02, pbc)[0]))
+    assert_same_lists(batch_of(crystal, pbc=pbc), cutoff=cutoff, half=half)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(crystals_of_any_shape(), st.integers(1, 30), PBC)
+def test_equals_the_host_on_any_cell_to_the_kth_neighbour(crystal, k, pbc):
+    assume(not len(all_pairs(crystal, 0.02, pbc)[0]) and (any(pbc) or k < len(crystal.frac)))
+    try:
+        neighbor_list(batch_of(crystal, pbc=pbc), max_neighbors=k)
+    except ValueError:
+        assume(False)  # a thin wire whose neighbours are too far to search for
+    assert_same_lists(batch_of(crystal, pbc=pbc), max_neighbors=k, shell_margin=True)
+
+
+@pytest.mark.parametrize(
+    "pbc", [(True, True, True), (True, True, False), (False, True, False), (False, False, False)]
+)
+def test_equals_the_host_on_large_cells(pbc):
+    rng = np.random.default_rng(0)
+    cell = 1.4 * np.array([[9.0, 0, 0], [4.0, 11.0, 0], [-7.0, 3.0, 8.0]])
+    grid = np.stack(np.meshgrid(*[np.arange(6)] * 3), -1).reshape(-1, 3)
+    crystal = Crystal(np.full(216, 6), (grid + rng.uniform(0, 0.6, (216, 3))) / 6, cell)
+    batch = batch_of(crystal, CUBIC, pbc=pbc) if all(pbc) else batch_of(crystal, pbc=pbc)
+    assert_same_lists(batch, cutoff=3.5)
+    assert_same_lists(batch, max_neighbors=8)
+
+
+@pytest.mark.parametrize("k", [130, 600])
+def test_more_neighbours_than_the_pool_holds(k):
+    rng = np.random.default_rng(0)
+    shaken = supercell(CUBIC, (2, 1, 1))
+    shaken = shaken._replace(frac=shaken.frac + 0.01 * rng.normal(size=shaken.frac.shape))
+    assert_same_lists(batch_of(CUBIC, shaken), max_neighbors=k, shell_margin=True)
+
+
+def test_more_equal_distances_than_the_pool_holds():
+    """The bracket around the k-th closes on the one distance it can be."""
+    points = np.stack(np.meshgrid(*[np.arange(-9, 10)] * 3), -1).reshape(-1, 3)
+    lengths = (points**2).sum(1)
+    assert np.count_nonzero(lengths == 89) == 144
+    k = np.count_nonzero(lengths < 89) - 1 + 70
+    assert_same_lists(batch_of(CUBIC), max_neighbors=k)
+
+
+def test_an_atom_far_from_the_others_lets_the_search_grow():
+    crystal = with_frac([0, 0, 0], [0.05, 0, 0], [0.1, 0, 0], [0.05, 0.05, 0], [0.5, 0.5, 0.5])
+    crystal = crystal._replace(cell=40.0 * np.eye(3))
+    for pbc in ((True, True, True), (False, False, True), (False, False, False)):
+        assert_same_lists(batch_of(crystal, pbc=pbc), max_neighbors=4, shell_margin=True)
+
+
+@pytest.mark.parametrize("mode", [{"cutoff": 3.0}, {"max_neighbors": 4}], ids=["cutoff", "max_neighbors"])
+@pytest.mark.parametrize(("crystal", "message"), FAULTS.values(), ids=FAULTS)
+def test_crystals_at_fault_are_named_as_by_the_host(crystal, message, mode):
+    batch = replace(batch_of(CUBIC, CUBIC, crystal, crystal), ids=("a", "b", "third", "d"))
+    with pytest.raises(ValueError, match=f"structure 'third': .*{message}"):
+        on_device(batch, **mode)
+    fixed = on_device(batch, max_edges=1000, **mode)
+    assert fixed.status.device_values[1] == 2
+    assert not fixed.row_ptr.any()
+    with pytest.raises(ValueError, match=f"structure 'third': .*{message}"):
+        fixed.status.check()
+
+
+def test_searches_too_large_are_refused():
+    with pytest.raises(ValueError, match=r"too many images: within 1e\+03 Å .* lower the cutoff"):
+        on_device(batch_of(CUBIC), cutoff=1000.0)
+    with pytest.raises(ValueError, match=r"too many images: .* lower max_neighbors"):
+        on_device(batch_of(CUBIC), max_neighbors=10**9)
+    pair = with_frac([0, 0, 0], [0.4, 0, 0])
+    with pytest.raises(ValueError, match="only 1 neighbours, fewer than max_neighbors = 2"):
+        on_device(batch_of(pair, pbc=[False] * 3), max_neighbors=2)
+
+
+@pytest.mark.parametrize(
+    "batch_ptr", [[0, 1, 1, 3], [0, 2, 1, 3], [1, 2, 2, 3], [0, 1, 2, 4], [0, 1, 2, 2], [0, -1, 2, 3]]
+)
+def test_a_broken_batch_ptr_is_refused(batch_ptr):
+    batch = replace(batch_of(CUBIC, CUBIC, CUBIC), batch_ptr=torch.tensor(batch_ptr))
+    with pytest.raises(ValueError, match=r"batch_ptr|frac_coords"):
+        on_device(batch, cutoff=3.0)
+
+
+def test_a_fault_the_host_does_not_find_is_no_silence(monkeypatch):
+    status = graph.ListStatus(torch.tensor([0, 0]), 10, batch_of(CUBIC), options(cutoff=3.0))
+    with pytest.raises(RuntimeError, match="structure '0' was refused on cpu and accepted"):
+        status.check()
+
+
+def test_fixed_capacity():
+    batch = batch_of(*[c for _, c in prototypes(4)][:5])
+    expected = neighbor_list(batch, max_neighbors=12)
+    n_edges = expected.edge_vec.shape[0]
+    for room in (0, 37):
+        found = on_device(batch, n_edges + room, max_neighbors=12)
+        assert found.status.check() == n_edges
+        for name in ("edge_index", "edge_vec", "cell_shift"):
+            along = -1 if name == "edge_index" else 0
+            full, there = getattr(found, name), getattr(expected, name)
+            assert full.shape[along] == n_edges + room
+            assert torch.equal(full.narrow(along, 0, n_edges), there)
+            assert not full.narrow(along, n_edges, room).any()
+        assert torch.equal(found.row_ptr, expected.row_ptr)
+
+
+def test_overflow_leaves_an_empty_list_and_names_the_capacity_needed():
+    batch = batch_of(CUBIC, CUBIC)
+    found = on_device(batch, 11, cutoff=3.0)
+    assert not found.row_ptr.any()
+    assert not found.edge_vec.any()
+    assert found.status.device_values.tolist() == [12, 2]
+    with pytest.raises(ValueError, match="max_edges = 11, but there are 12 edges"):
+        found.status.check()
+
+
+def test_no_crystals_have_no_neighbours():
+    empty = CrystalBatch.from_arrays([], np.zeros((0, 3)), np.zeros((0, 3, 3)), [])
+    for max_edges in (None, 5):
+        found = on_device(empty, max_edges, cutoff=5.0)
+        assert found.edge_index.shape == (2, max_edges or 0)
+        assert found.row_ptr.tolist() == [0]
+
+
+def test_a_capacity_is_for_the_device():
+    with pytest.raises(ValueError, match="max_edges needs crystals on a CUDA device; they are on cpu"):
+        neighbor_list(batch_of(CUBIC), cutoff=3.0, max_edges=10)
+    with pytest.raises(ValueError, match="max_edges = 0"):
+        neighbor_list(batch_of(CUBIC), cutoff=3.0, max_edges=0)
+
+
+def test_tensors_that_disagree_are_refused():
+    batch = batch_of(CUBIC)
+    with pytest.raises(ValueError, match=r"crystals\.cell has shape \(2, 3, 3\), expected \(1, 3, 3\)"):
+        on_device(replace(batch, cell=batch.cell.repeat(2, 1, 1)), cutoff=3.0)
+    with pytest.raises(ValueError, match=r"crystals\.pbc is on meta and crystals\.numbers on cpu"):
+        on_device(replace(batch, pbc=batch.pbc.to("meta")), cutoff=3.0)
+
+
+def test_the_emulation_tells_lanes_that_went_apart():
+    with pytest.raises(RuntimeError, match="thread 1 of block 0 waits at __syncwarp, which not all lanes"):
+        _emulated.launch("odd_lanes_alone", 1, 32)
+    with pytest.raises(RuntimeError, match="whole warps"):
+        _emulated.launch("odd_lanes_alone", 1, 16)
+    with pytest.raises(TypeError, match="takes 0 arguments, not 1"):
+        _emulated.launch("odd_lanes_alone", 1, 32, 7)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("cupy") is not None, reason="CuPy is installed")
+def test_without_cupy_the_extra_is_named():
+    with pytest.raises(RuntimeError, match=r"pip install 'mgt-fast\[cuda\]'"):
+        CudaModule("neighbor_list").launch("count_edges", 1, 128, torch.zeros(1))
+
+
+def test_the_source_travels_along_for_nvrtc():
+    module = CudaModule("neighbor_list")
+    folder = Path(_C.__file__).with_name("csrc")
+    assert "--fmad=false" in module.nvrtc_options
+    waiting, seen = [module.source], set()
+    while waiting:  # every header that is included has been installed
+        for name in re.findall(r'#include "(.+)"', waiting.pop()):
+            if name not in seen:
+                seen.add(name)
+                waiting.append((folder / name).read_text())
+    assert {"geometry.hpp", "neighbor_device.hpp"} <= seen
+
+
+FATBIN = Path(_C.__file__).with_name("neighbor_list.fatbin")
+
+
+@pytest.mark.skipif(not FATBIN.exists(), reason="nvcc was not there when the package was built")
+def test_kernels_keep_everything_in_registers():
+    triton = pytest.importorskip("triton")
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    report = subprocess.run(
+        [tool, "--dump-resource-usage", FATBIN], capture_output=True, text=True, check=True
+    ).stdout
+    usage = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", report)
+    assert {"sm_80", "sm_90"} <= set(re.findall(r"arch = (sm_\d+)", report))
+    hot = [row for row in usage if row[0] in ("find_shells", "count_edges", "fill_edges")]
+    assert len(hot) == 6
+    for name, registers, stack, _, local in hot:
+        assert (stack, local) == ("0", "0"), name
+        assert int(registers) <= 80, name  # 24 warps a multiprocessor
