@@ -7,7 +7,8 @@ from torch import nn
 
 from ..precision import accumulator_dtype, compute_dtype
 from ..segment_sum import sum_rows
-from ..segments import Segments
+from ..segments import Segments, gather_rows
+from .reference import Rows
 from .reference import gated_attention as gated_attention_reference
 
 __all__ = ["gated_attention"]
@@ -27,6 +28,7 @@ def gated_attention(
     value: nn.Linear,
     norm: nn.BatchNorm1d,
     *,
+    x_rows: Segments | None = None,
     backend: str = "torch",
 ) -> torch.Tensor:
     """Sum over an edge's M keys of v_m · sigmoid(BN(q · k_m / √C)).
@@ -43,6 +45,7 @@ def gated_attention(
         far_rows: far row of each edge.
         key, value: second layers of the two networks, C → C.
         norm: BatchNorm over all E·M rows; in training its running statistics are updated.
+        x_rows: where (edge, m) share their rows of x, the row of each, E·M of them, and x is (n, C).
         backend: "torch" or "triton".
 
     Returns:
@@ -55,18 +58,24 @@ def gated_attention(
     Source:
         arXiv 2507.15303, edge-wise and node-wise attention.
     """
-    total = x.shape[0] * x.shape[1]
+    num_edges, num_keys, channels = far_rows.index.shape[0], *far.shape[1:]
+    channels //= 2
+    total = num_edges * num_keys
     if norm.training:
         if total < 2:
             raise ValueError(f"batch statistics need at least 2 rows, got {total}")
         norm.num_batches_tracked += 1
     if backend == "torch":
-        return gated_attention_reference(x, weight, near, near_rows, far, far_rows, key, value, norm)
-    if x.shape[2] not in CHANNELS:
+        return gated_attention_reference(
+            x, weight, near, far, Rows(x_rows, near_rows, far_rows), key, value, norm
+        )
+    if channels not in CHANNELS:
         raise ValueError(
-            f"{x.shape[2]} channels; the Triton kernels have 16, 32, 64, 128, 256 and 512: choose one of "
+            f"{channels} channels; the Triton kernels have 16, 32, 64, 128, 256 and 512: choose one of "
             "these or backend='torch'"
         )
+    if x_rows is not None:
+        x = gather_rows(x, x_rows, backend=backend).view(num_edges, num_keys, channels)
     dtype = compute_dtype(x)
     wide = accumulator_dtype(dtype)
     out, _, mean, var = _gated_attention(

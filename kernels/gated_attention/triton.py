@@ -303,7 +303,7 @@ def _tile(table: dict, channels: int, dtype: torch.dtype) -> Tile:
     if known is not None and not INTERPRETED:
         return known
     step = min(channels, 32)  # other sizes: small, so that they fit anywhere
-    return Tile(16, step, step, 4, 1)
+    return Tile(32, step, step, 4, 1)
 
 
 class _Launcher:
