@@ -59,30 +59,23 @@ def _first_layer(
 
 
 @triton.jit
-def _sum_over_keys(y, M: tl.constexpr, BLOCK_R: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    """Add the M rows of each edge, [BLOCK_R, D] → [SLOTS, D]: a product with ones and zeros."""
-    slots: tl.constexpr = triton.next_power_of_2(BLOCK_R // M)
-    chosen = tl.arange(0, slots)[:, None] == (tl.arange(0, BLOCK_R) // M)[None, :]
-    return tl.dot(chosen.to(y.dtype), y, input_precision=PRECISION, out_dtype=ACC)
-
-
-@triton.jit
-def _store_edge_sum(
+def _store(
     out, stride, y, row, valid, column, num_edges,
-    M: tl.constexpr, BLOCK_R: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    M: tl.constexpr, BLOCK_R: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Store the sum of y over each edge's keys at out[edge, column]."""
-    if M == 1:
-        tl.store(out + row[:, None] * stride + column[None, :], y, mask=valid[:, None])
-    else:
+    """Store y at out[row, column]; with FOLD its sum over each edge's keys at out[edge, column]."""
+    if FOLD:
+        # A product with ones and zeros adds the M rows of each edge.
         edges: tl.constexpr = BLOCK_R // M
-        slots: tl.constexpr = triton.next_power_of_2(edges)
+        slot = tl.arange(0, triton.next_power_of_2(edges))
+        chosen = slot[:, None] == (tl.arange(0, BLOCK_R) // M)[None, :]
         y = tl.where(valid[:, None], y, 0.0)
-        total = _sum_over_keys(y, M, BLOCK_R, ACC, PRECISION).to(out.dtype.element_ty)
-        slot = tl.arange(0, slots)
+        total = tl.dot(chosen.to(y.dtype), y, out_dtype=ACC).to(out.dtype.element_ty)
         edge = tl.program_id(0).to(tl.int64) * edges + slot
         inside = (slot < edges) & (edge < num_edges)
         tl.store(out + edge[:, None] * stride + column[None, :], total, mask=inside[:, None])
+    else:
+        tl.store(out + row[:, None] * stride + column[None, :], y, mask=valid[:, None])
 
 
 @triton.jit
@@ -137,7 +130,7 @@ def values_kernel(
     x, weight, near, near_index, far, far_index, value_w, value_b, keys, mean, inv_std, norm_w, norm_b,
     out, num_edges,
     C: tl.constexpr, M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
-    SCALE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    SCALE: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Values times gates, summed over each edge's keys."""
     _edge, row, near_row, far_row, valid = _tile_rows(near_index, far_index, num_edges, M, BLOCK_R)
@@ -156,9 +149,7 @@ def values_kernel(
             keys, near, mean, inv_std, row, near_row, valid, column, C, SCALE, ACC
         )  # fmt: skip
         gate = tl.sigmoid(standard * tl.load(norm_w + column)[None, :] + tl.load(norm_b + column)[None, :])
-        _store_edge_sum(
-            out, C, (gate * value).to(dtype), row, valid, column, num_edges, M, BLOCK_R, ACC, PRECISION
-        )  # fmt: skip
+        _store(out, C, (gate * value).to(dtype), row, valid, column, num_edges, M, BLOCK_R, FOLD, ACC)
 
 
 @triton.jit(do_not_specialize=["num_edges"])
@@ -166,7 +157,8 @@ def backward_values_kernel(
     grad, x, weight, near, near_index, far, far_index, value_w, value_b, keys, mean, inv_std, norm_w, norm_b,
     grad_norm, grad_value, hiddens, grad_pre, grad_near, sums, num_edges,
     C: tl.constexpr, M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
-    SCALE: tl.constexpr, PRE_STRIDE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    SCALE: tl.constexpr, PRE_STRIDE: tl.constexpr, FOLD: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the norm's output and of the value network, and each tile's column sums of the former."""
     edge, row, near_row, far_row, valid = _tile_rows(near_index, far_index, num_edges, M, BLOCK_R)
@@ -208,10 +200,8 @@ def backward_values_kernel(
     sigmoid = tl.sigmoid(pre)
     g_pre = (grad_hidden * (sigmoid * (1.0 + pre * (1.0 - sigmoid)))).to(dtype)
     tl.store(pre_at, g_pre, mask=inside)
-    if M > 1:
-        _store_edge_sum(
-            grad_near, 3 * C, g_pre, row, valid, 2 * C + k, num_edges, M, BLOCK_R, ACC, PRECISION
-        )  # fmt: skip
+    if FOLD:
+        _store(grad_near, 3 * C, g_pre, row, valid, 2 * C + k, num_edges, M, BLOCK_R, FOLD, ACC)
 
 
 @triton.jit(do_not_specialize=["num_edges"])
@@ -219,13 +209,14 @@ def backward_keys_kernel(
     x, weight, near, near_index, far, far_index, key_w, keys, mean, inv_std, scale, shift, slope,
     grad_norm, hiddens, grad_pre, grad_near, sums, num_edges,
     C: tl.constexpr, M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
-    SCALE: tl.constexpr, PRE_STRIDE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    SCALE: tl.constexpr, PRE_STRIDE: tl.constexpr, QUERY_STRIDE: tl.constexpr, FOLD: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the queries and the key network; the keys' own replaces `grad_norm`.
 
     Through BatchNorm the gradient of query · key / √C is scale · (grad_norm − shift − slope · standardised).
     """
-    edge, row, near_row, far_row, valid = _tile_rows(near_index, far_index, num_edges, M, BLOCK_R)
+    _edge, row, near_row, far_row, valid = _tile_rows(near_index, far_index, num_edges, M, BLOCK_R)
     dtype = x.dtype.element_ty
     inside = valid[:, None]
     k = tl.arange(0, C)
@@ -243,9 +234,7 @@ def backward_keys_kernel(
         g_key = g * query
         tl.store(sums + tile + column, tl.sum(g_key, 0))
         g_query = (g * key * SCALE).to(dtype)
-        _store_edge_sum(
-            grad_near, 3 * C, g_query, edge, valid, column, num_edges, M, BLOCK_R, ACC, PRECISION
-        )  # fmt: skip
+        _store(grad_near, QUERY_STRIDE, g_query, row, valid, column, num_edges, M, BLOCK_R, FOLD, ACC)
         narrow = g_key.to(dtype)
         tl.store(grad_norm + at, narrow, mask=inside)
         w = tl.load(key_w + column[:, None] * C + k[None, :])  # [BLOCK_N, C]
@@ -262,10 +251,12 @@ def backward_keys_kernel(
     grad_hidden = tl.load(pre_at, mask=inside, other=0.0).to(ACC)
     g_pre = (grad_hidden * (sigmoid * (1.0 + pre * (1.0 - sigmoid)))).to(dtype)
     tl.store(pre_at, g_pre, mask=inside)
-    if M > 1:
-        _store_edge_sum(
-            grad_near, 3 * C, g_pre, row, valid, C + k, num_edges, M, BLOCK_R, ACC, PRECISION
-        )  # fmt: skip
+    if FOLD:
+        _store(grad_near, 3 * C, g_pre, row, valid, C + k, num_edges, M, BLOCK_R, FOLD, ACC)
+
+
+FOLDED = (torch.bfloat16,)
+"""Types whose sum over an edge's keys is a product with ones and zeros; wide ones would need three."""
 
 
 @dataclass(frozen=True)
@@ -314,6 +305,7 @@ class _Launcher:
         self.tile = tile = _tile(table, self.channels, x.dtype)
         self.edges = tile.rows // self.num_keys
         self.num_tiles = triton.cdiv(self.num_edges, self.edges)
+        self.fold = self.num_keys > 1 and x.dtype in FOLDED
         self.inputs = (x, weight, near, near_index, far, far_index)
         self.accumulator = accumulator_dtype(x.dtype)
         self.constants = {
@@ -358,9 +350,11 @@ def forward_values(
 ):
     """Return the gated values' sum over each edge's keys, (E, C)."""
     run = _Launcher(_FORWARD, x, weight, near, near_index, far, far_index)
-    out = x.new_empty(run.num_edges, run.channels)
-    run(values_kernel, *run.inputs, value_w, value_b, keys, mean, inv_std, norm_w, norm_b, out)
-    return out
+    out = x.new_empty(run.num_edges, 1 if run.fold else run.num_keys, run.channels)
+    run(
+        values_kernel, *run.inputs, value_w, value_b, keys, mean, inv_std, norm_w, norm_b, out, FOLD=run.fold
+    )  # fmt: skip
+    return out.sum(1) if out.shape[1] > 1 else out.squeeze(1)
 
 
 def backward(
@@ -378,13 +372,15 @@ def backward(
     grad_norm, grad_value, hiddens = x.new_empty(3, rows, channels)
     grad_near = x.new_empty(run.num_edges, 3 * channels)
     grad_pre = x.new_empty(rows, 2 * channels) if run.num_keys > 1 else grad_near[:, channels:]
+    # Where the kernel does not sum over an edge's keys, the queries' gradients come one a row.
+    grad_query = grad_near if run.fold or run.num_keys == 1 else x.new_empty(rows, channels)
     statistics = (mean, inv_std)
-    stride = {"PRE_STRIDE": grad_pre.stride(0)}
+    constants = {"PRE_STRIDE": grad_pre.stride(0), "FOLD": run.fold}
 
     sums = run.partial(3, channels)
     run(
         backward_values_kernel, grad, *run.inputs, value_w, value_b, keys, *statistics, norm_w, norm_b,
-        grad_norm, grad_value, hiddens, grad_pre, grad_near, sums, **stride,
+        grad_norm, grad_value, hiddens, grad_pre, grad_near, sums, **constants,
     )  # fmt: skip
     grad_norm_b, grad_norm_w, grad_value_b = (total.clone() for total in sums.sum(0))
     grad_value_w = grad_value.t() @ hiddens
@@ -394,8 +390,12 @@ def backward(
     sums = run.partial(channels)
     run(
         backward_keys_kernel, *run.inputs, key_w, keys, *statistics, scale, shift, slope,
-        grad_norm, hiddens, grad_pre, grad_near, sums, **stride,
+        grad_norm, hiddens, grad_pre, grad_query, sums, QUERY_STRIDE=grad_query.stride(0), **constants,
     )  # fmt: skip
+    if grad_query is not grad_near:
+        by_edge = (run.num_edges, run.num_keys, -1)
+        torch.sum(grad_query.view(by_edge), 1, out=grad_near[:, :channels])
+        torch.sum(grad_pre.view(by_edge), 1, out=grad_near[:, channels:])
     grad_key = grad_norm  # the kernel has replaced one by the other
     return (
         (grad_pre @ weight).view_as(x),

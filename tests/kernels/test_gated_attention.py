@@ -11,6 +11,7 @@ from mgt_fast.kernels.gated_attention import (
     gated_attention,
     reference,
 )
+from mgt_fast.kernels.gated_attention import triton as kernels
 from mgt_fast.kernels.launch import watch_launches
 from mgt_fast.kernels.segments import Segments
 
@@ -91,6 +92,13 @@ def test_matches_autograd(num_edges, num_keys, rows, training, backend, monkeypa
     torch.testing.assert_close(out, expected, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(grads, expected_grads, rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(buffers, expected_buffers, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_keys_of_an_edge_are_summed_on_the_chip(training, monkeypatch):
+    apart = Problem(25, 3).run(training, "triton")
+    monkeypatch.setattr(kernels, "FOLDED", (torch.float64,))
+    torch.testing.assert_close(Problem(25, 3).run(training, "triton"), apart, rtol=1e-9, atol=1e-10)
 
 
 @on_both_backends
