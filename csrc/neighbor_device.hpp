@@ -24,9 +24,10 @@ __device__ inline T warp_reduce(T value, const Combine& combine) {
   return value;
 }
 
-// Bins of a reduced cell: bin = floor((coordinate - low) * scale) along each basis vector.
+// Bins of a reduced cell: bin = floor((coordinate - low) * scale) along each basis vector; `per_length` of
+// them are as thick as 1 Å.
 struct BinGrid {
-  double low[3], scale[3];
+  double low[3], scale[3], per_length[3];
   int bins[3];
 
   __device__ int total() const { return bins[0] * bins[1] * bins[2]; }
@@ -76,7 +77,10 @@ __device__ inline BinGrid choose_grid(const ReducedCell& cell, std::int64_t n_at
                                                                                : 2;
     grid.bins[a] = (grid.bins[a] + 1) / 2;
   }
-  for (int a = 0; a < 3; ++a) grid.scale[a] = grid.bins[a] / width[a];
+  for (int a = 0; a < 3; ++a) {
+    grid.scale[a] = grid.bins[a] / width[a];
+    grid.per_length[a] = grid.scale[a] / cell.height[a];
+  }
   return grid;
 }
 
@@ -89,16 +93,16 @@ template <class Visit>
 __device__ __forceinline__ void for_each_candidate(const SearchCell& crystal, const int* bin_start,
                                                    const Vec3* position, Vec3 centre, double radius,
                                                    const Visit& visit) {
-  constexpr double kBinSlack = 1e-6;  // in bins; rounding of coordinates is far smaller
+  constexpr double kBinSlack = 1e-6;  // rounding of a coordinate costs far less of a bin
   const BinGrid& grid = crystal.grid;
   const Vec3 u = combine(centre, crystal.cell.inverse);
   const double coordinate[3] = {u.x, u.y, u.z};
   int low[3], high[3];  // bins, counted on through the images of the cell
 #pragma unroll
   for (int a = 0; a < 3; ++a) {
-    const double reach = kSearchSlack * radius / crystal.cell.height[a];
-    double from = std::floor((coordinate[a] - reach - grid.low[a]) * grid.scale[a] - kBinSlack);
-    double to = std::floor((coordinate[a] + reach - grid.low[a]) * grid.scale[a] + kBinSlack);
+    const double bin = (coordinate[a] - grid.low[a]) * grid.scale[a];
+    const double reach = kSearchSlack * radius * grid.per_length[a] + kBinSlack;
+    double from = std::floor(bin - reach), to = std::floor(bin + reach);
     if (a >= crystal.cell.periodic) {
       from = std::fmax(from, 0.0);
       to = std::fmin(to, grid.bins[a] - 1.0);
