@@ -12,7 +12,7 @@ import importlib.util
 
 import torch
 
-from .launch import INTERPRETED
+from .launch import can_launch
 
 BACKENDS = ("torch", "triton")
 
@@ -43,7 +43,7 @@ def resolve_backend(backend: str, device: torch.device | str) -> str:
         return "torch"
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError("Triton is not installed: pip install 'mgt-fast[cuda]', or choose backend='torch'")
-    if device.type != "cuda" and not INTERPRETED:
+    if not can_launch(device):
         raise RuntimeError(
             f"Triton kernels need a CUDA device and the data are on {device}: move them, or choose "
             "backend='torch' (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly, for tests)"

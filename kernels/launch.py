@@ -61,6 +61,11 @@ def watch_launches(*, run: bool = True, arch: int | None = None) -> Iterator[lis
         _watchers.remove(watcher)
 
 
+def can_launch(device: torch.device) -> bool:
+    """Whether kernels can work on tensors of this device, or need not because they are only listed."""
+    return device.type == "cuda" or INTERPRETED or any(not watcher.run for watcher in _watchers)
+
+
 def target_arch(device: torch.device) -> int:
     """Compute capability that kernels are chosen for: 90 for 9.0; 0 in the interpreter."""
     for watcher in _watchers:

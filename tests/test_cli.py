@@ -279,7 +279,7 @@ def test_prepare_fails_if_nothing_could_be_stored(tmp_path):
 )
 def test_errors_are_one_line(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mgt_fast.kernels.INTERPRETED", False)  # as on a user's machine
+    monkeypatch.setattr("mgt_fast.kernels.launch.INTERPRETED", False)  # as on a user's machine
     result = invoke(*arguments, status=1)
     assert result.stderr.startswith("error: ")
     assert message in result.stderr

@@ -1,15 +1,23 @@
-"""Compile recorded launches for GPUs that are not there, and read what the compiler made of them.
+"""Compile what the model launches for GPUs that are not there, and read what the compiler made of it.
 
-Runs in a process without TRITON_INTERPRET; `python tests/kernels/aot.py` compiles every kernel the model
-launches and prints one line each.
+    python tests/kernels/aot.py --channels 128 256 512 --precision float32 tf32 bf16 --arch 80 90
+
+prints a line for every kernel and fails if one spills registers, needs more shared memory than there is, or
+multiplies matrices without tensor cores. Triton's interpreter must be off.
 """
 
 from __future__ import annotations
 
+import argparse
+import os
 import re
 import subprocess
+import sys
 import tempfile
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, fields
+from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -17,7 +25,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mgt_fast.kernels.launch import Launch
+from mgt_fast import MGT, CrystalBatch, MGTConfig, build_graph
+from mgt_fast.kernels.launch import Launch, watch_launches
+from mgt_fast.losses import draw_noise, pretraining_loss
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
@@ -41,6 +51,15 @@ class Compiled:
     spills: int
     tensor_core: int
     has_dot: bool
+
+    @property
+    def fault(self) -> str:
+        """What is wrong with it, or nothing."""
+        if self.spills:
+            return f"{self.spills} spills"
+        if self.shared > SHARED_MEMORY[self.arch]:
+            return f"{self.shared} bytes of shared memory"
+        return "no tensor cores" if self.has_dot and not self.tensor_core else ""
 
 
 def key(launch: Launch) -> tuple:
@@ -88,3 +107,58 @@ def compile_launch(launch: Launch, arch: int) -> Compiled:
         len(re.findall(r"\bHGMMA|\bHMMA|\bDMMA", sass)),
         "tt.dot" in built.asm["ttir"],
     )
+
+
+def model_launches(channels: int, precision: str, arch: int) -> list[Launch]:
+    """List the distinct kernels of a training step and a prediction; none of them runs."""
+    positions, cell = [[0, 0, 0], [0.5, 0.5, 0.5]], [[[0, 2.8, 2.8], [2.8, 0, 2.8], [2.8, 2.8, 0]]]
+    rock_salt = CrystalBatch.from_arrays([11, 17], positions, cell, [2])
+    graph = build_graph(rock_salt, max_neighbors=6)
+    config = MGTConfig(task="pretrain", channels=channels, num_blocks=1)
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    found: dict[tuple, Launch] = {}
+    for training, moving in product((True, False), repeat=2):
+        model = MGT(config, backend="triton").train(training)
+        noise = draw_noise(graph.to(dtype=torch.float32), 0.05)
+        graph.edge_vec.requires_grad_(moving)  # forces want kernels of their own
+        with (
+            watch_launches(run=False, arch=arch) as seen,
+            torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
+        ):
+            pretraining_loss(model(graph, noise), graph, noise).total.backward()
+        found |= {key(launch): launch for launch in seen}
+    return list(found.values())
+
+
+_todo: list[tuple[str, Launch, int]] = []
+
+
+def _compile(index: int) -> Compiled:
+    _, launch, arch = _todo[index]
+    return compile_launch(launch, arch)
+
+
+def main() -> int:
+    """Run the command line; return its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--channels", type=int, nargs="+", default=[256])
+    parser.add_argument("--precision", nargs="+", default=["bf16"], choices=["float32", "tf32", "bf16"])
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=list(SHARED_MEMORY))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # the workers below are forks
+    for channels, precision, arch in product(arguments.channels, arguments.precision, arguments.arch):
+        config = f"{channels} {precision} {arch}"
+        _todo.extend((config, launch, arch) for launch in model_launches(channels, precision, arch))
+    faults = 0
+    with ProcessPoolExecutor(os.cpu_count(), get_context("fork")) as pool:
+        for (config, *_), compiled in zip(_todo, pool.map(_compile, range(len(_todo))), strict=True):
+            values = " ".join(f"{f.name} {getattr(compiled, f.name)}" for f in fields(compiled)[2:])
+            sys.stdout.write(f"{config:<16} {compiled.name:<28} {values} {compiled.fault or 'ok'}\n")
+            sys.stdout.flush()
+            faults += bool(compiled.fault)
+    sys.stdout.write(f"{len(_todo)} kernels compiled, {faults} at fault\n")
+    return min(faults, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

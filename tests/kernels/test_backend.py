@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from mgt_fast import kernels
-from mgt_fast.kernels import resolve_backend
+from mgt_fast.kernels import launch, resolve_backend
 
 
 def test_auto_follows_the_device():
@@ -12,7 +12,7 @@ def test_auto_follows_the_device():
 
 
 def test_nothing_falls_back(monkeypatch):
-    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
     with pytest.raises(RuntimeError, match="need a CUDA device and the data are on cpu"):
         resolve_backend("triton", "cpu")
     monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: None)
