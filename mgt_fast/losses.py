@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from .graph import CrystalGraph
+from .kernels.precision import accumulator_dtype
 from .kernels.segments import segment_mean
 from .layers import GraphIndex
 from .outputs import EdgeNoise, MGTOutput
@@ -43,7 +44,8 @@ def nt_xent(z_a: torch.Tensor, z_b: torch.Tensor, temperature: float = 1.0) -> t
     if z_a.shape != z_b.shape:
         raise ValueError(f"the views' embeddings differ in shape: {tuple(z_a.shape)}, {tuple(z_b.shape)}")
     n = z_a.shape[0]
-    z = F.normalize(torch.cat((z_a, z_b)), dim=1)
+    z = torch.cat((z_a, z_b))
+    z = F.normalize(z.to(accumulator_dtype(z.dtype)), dim=1)
     similarity = (z @ z.t() / temperature).fill_diagonal_(float("-inf"))
     positive = torch.arange(2 * n, device=z.device).roll(n)
     return F.cross_entropy(similarity, positive)
@@ -105,7 +107,8 @@ def pretraining_loss(
                 f"denoising = {denoising!r} has targets of shape {tuple(target.shape)}, but the network "
                 f"predicts {tuple(predicted.shape)}: it was made for the other kind"
             )
-        error = predicted - target.to(predicted.dtype)
+        wide = accumulator_dtype(predicted.dtype)
+        error = predicted.to(wide) - target.to(wide)
         return (error / noise_std).square().sum(1).mean() if denoising == "edge" else error.square().sum()
 
     contrastive = None

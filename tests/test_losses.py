@@ -99,3 +99,8 @@ def test_one_view_has_no_contrast(graph):
     assert found.contrastive is None
     assert found.so3_denoising is None
     torch.testing.assert_close(found.total, 0.5 * found.se3_denoising)
+
+
+def test_narrow_embeddings_are_compared_in_float32():
+    a, b = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert torch.equal(nt_xent(a, b), nt_xent(a.float(), b.float()))

@@ -161,6 +161,8 @@ class RunConfig(_Section):
         seed: of weights, dropout, shuffling, noise and random parts.
         device: "auto" takes a CUDA device if there is one.
         backend: of the model's operations; "auto" takes Triton on a CUDA device and PyTorch elsewhere.
+        precision: of the factors of matrix products in training: "float32"; "tf32", which needs a recent GPU;
+            "bf16", bfloat16 autocast. Parameters, sums and statistics stay float32, and so does validation.
         threads: CPU threads of torch; null leaves torch's choice.
         tensorboard: also write TensorBoard event files.
     """
@@ -170,6 +172,7 @@ class RunConfig(_Section):
     seed: NonNegativeInt = 123
     device: Literal["auto", "cpu", "cuda"] = "auto"
     backend: Literal["auto", "torch", "triton"] = "auto"
+    precision: Literal["float32", "tf32", "bf16"] = "float32"
     threads: PositiveInt | None = None
     tensorboard: bool = False
 

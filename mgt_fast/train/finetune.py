@@ -38,7 +38,7 @@ from .batches import (
 from .config import FinetuneConfig
 from .loop import fit
 from .runlog import PREDICTIONS, RunLog
-from .setup import check_fits_checkpoint, describe_parts, manifest_digest, start_torch
+from .setup import autocast, check_fits_checkpoint, describe_parts, manifest_digest, start_torch
 from .targets import TargetScaling, errors, trivial_errors
 
 _LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}
@@ -74,7 +74,9 @@ class FinetuneTask:
         """Return the loss on scaled targets, and the MAE in the target's units."""
         scaled = torch.from_numpy(self.scaling.scale(self.targets[indices]))
         scaled = scaled.to(self.source.device, torch.float32)
-        predicted = self.model(graph).prediction.squeeze(1)
+        with autocast(self.config, self.source.device):
+            predicted = self.model(graph).prediction.squeeze(1)
+        predicted = predicted.float()
         mae = (predicted.detach() - scaled).abs().mean() * self.scaling.std
         return _LOSSES[self.config.loss](predicted, scaled), {"mae": mae}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from .batches import GraphSource, require_part, require_two, select_parts, shuff
 from .config import PretrainConfig
 from .loop import FitResult, fit
 from .runlog import RunLog
-from .setup import describe_parts, manifest_digest, start_torch
+from .setup import autocast, describe_parts, manifest_digest, start_torch
 
 
 class PretrainTask:
@@ -66,8 +67,10 @@ class PretrainTask:
     def _losses(self, graph: CrystalGraph, generator: torch.Generator) -> PretrainingLoss:
         settings = self.config.pretraining
         noise = draw_noise(graph, settings.noise_std, generator)
+        with autocast(self.config, self.source.device) if self.model.training else nullcontext():
+            output = self.model(graph, noise)
         return pretraining_loss(
-            self.model(graph, noise),
+            output,
             graph,
             noise,
             denoising=self.config.model.denoising,

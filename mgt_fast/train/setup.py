@@ -20,7 +20,7 @@ GRAPH_KEYS = ("max_neighbors", "compat")
 
 
 def start_torch(config: RunConfig) -> torch.device:
-    """Set threads and seed; return the device to run on.
+    """Set threads, seed and the precision of float32 products; return the device to run on.
 
     Raises:
         ConfigError: if there is no such device, or the backend cannot compute on it.
@@ -28,12 +28,18 @@ def start_torch(config: RunConfig) -> torch.device:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
+    torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
     device = resolve_device(config.device)
     try:
         resolve_backend(config.backend, device)
     except RuntimeError as error:
         raise ConfigError(str(error)) from error
     return device
+
+
+def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
+    """Return the context that a training step's network runs in."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
 
 def resolve_device(name: str) -> torch.device:
