@@ -1,0 +1,129 @@
+"""Neighbour lists on a GPU: ours beside nvalchemi-toolkit-ops and vesin, on crystals of Materials Project.
+
+Every rival must find the same pairs before it is timed; what is not installed is skipped. nvalchemi works in
+float32, a rival's own choice of speed, and fills a matrix of neighbours; vesin is called crystal by crystal.
+Positions are brought into the cell for both. Times are for the whole batch, the device waited for at the end.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from graphs import bundled_crystals
+
+from mgt_fast import CrystalBatch, neighbor_list
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+CUTOFF = 6.0  # Å
+
+
+def crystals_on_device(count) -> CrystalBatch:
+    dataset, order = bundled_crystals()
+    return dataset.gather(order[np.arange(count) % len(order)]).to("cuda")
+
+
+def positions_of(crystals) -> torch.Tensor:
+    """Cartesian positions inside the cell, Å."""
+    atoms_of = crystals.num_atoms
+    crystal = torch.repeat_interleave(torch.arange(len(crystals), device="cuda"), atoms_of)
+    return torch.einsum("na,nab->nb", crystals.frac_coords % 1, crystals.cell[crystal])
+
+
+def ours(crystals):
+    """Return a function that finds the pairs, and one that takes their number from what it found."""
+    return lambda: neighbor_list(crystals, cutoff=CUTOFF), lambda found: found.edge_vec.shape[0]
+
+
+def ours_captured(crystals):
+    """The same with arrays of fixed capacity, replayed from a CUDA graph."""
+    capacity = int(1.1 * neighbor_list(crystals, cutoff=CUTOFF).edge_vec.shape[0])
+    graph, found = captured(lambda: neighbor_list(crystals, cutoff=CUTOFF, max_edges=capacity))
+    return graph.replay, lambda _: found.status.check()
+
+
+def captured(run):
+    """Capture `run` in a CUDA graph; return the graph and what `run` returned."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run()
+    return graph, found
+
+
+def nvalchemi(crystals):
+    """The same through nvalchemi-toolkit-ops, with a matrix as wide as is needed."""
+    neighbors = pytest.importorskip("nvalchemiops.torch.neighbors")
+    widest = int(neighbor_list(crystals, cutoff=CUTOFF).row_ptr.diff().max())
+    positions, cell = positions_of(crystals).float(), crystals.cell.float()
+    batch_ptr = crystals.batch_ptr.int()
+
+    def find():
+        return neighbors.neighbor_list(
+            positions, CUTOFF, cell=cell, pbc=crystals.pbc, batch_ptr=batch_ptr, max_neighbors=widest + 8
+        )
+
+    return find, lambda found: int(found[1].sum())
+
+
+def vesin(crystals):
+    """The same through vesin and CuPy arrays."""
+    cupy, rival = pytest.importorskip("cupy"), pytest.importorskip("vesin")
+    search = rival.NeighborList(cutoff=CUTOFF, full_list=True)
+    positions, starts = positions_of(crystals), crystals.batch_ptr.tolist()
+    inputs = [
+        (cupy.asarray(positions[a:b].contiguous()), cupy.asarray(crystals.cell[n]))
+        for n, (a, b) in enumerate(itertools.pairwise(starts))
+    ]
+
+    def find():
+        return [search.compute(points=x, box=c, periodic=True, quantities="ijSD") for x, c in inputs]
+
+    return find, lambda found: sum(len(f[0]) for f in found)
+
+
+@pytest.fixture
+def size(request):
+    """Crystals a batch."""
+    return 8 if request.config.getoption("smoke") else 512
+
+
+def measure(benchmark, run, size):
+    def timed():
+        run()
+        torch.cuda.synchronize()
+
+    benchmark(timed)
+    benchmark.extra_info["crystals_per_second"] = size / benchmark.stats.stats.median
+
+
+@pytest.mark.parametrize("rival", [ours, ours_captured, nvalchemi, vesin], ids=lambda f: f.__name__)
+def bench_radius_on_gpu(benchmark, size, rival):
+    benchmark.group = f"all pairs within {CUTOFF} Å, {size} crystals, GPU"
+    crystals = crystals_on_device(size)
+    expected = neighbor_list(crystals, cutoff=CUTOFF).edge_vec.shape[0]
+    find, count = rival(crystals)
+    # A pair right on the cutoff may fall on the other side in float32.
+    assert count(find()) == pytest.approx(expected, rel=1e-4 if rival is nvalchemi else 0)
+    measure(benchmark, find, size)
+
+
+@pytest.mark.parametrize("k", [12, 25])
+@pytest.mark.parametrize("replayed", [False, True], ids=["exact", "captured"])
+def bench_nearest_on_gpu(benchmark, size, k, replayed):
+    benchmark.group = f"{k} nearest neighbours in whole shells, {size} crystals, GPU"
+    crystals = crystals_on_device(size)
+    n_edges = neighbor_list(crystals, max_neighbors=k).edge_vec.shape[0]
+    run = lambda: neighbor_list(crystals, max_neighbors=k)  # noqa: E731
+    if replayed:
+        graph, found = captured(
+            lambda: neighbor_list(crystals, max_neighbors=k, max_edges=int(1.1 * n_edges))
+        )
+        run = graph.replay
+        run()
+        assert found.status.check() == n_edges
+    measure(benchmark, run, size)
