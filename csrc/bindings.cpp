@@ -12,6 +12,7 @@
 #include "comformer.hpp"
 #include "lattice_frame.hpp"
 #include "neighbor_list.hpp"
+#include "vector_kernels.hpp"
 
 namespace py = pybind11;
 
@@ -28,13 +29,14 @@ void require(const Array<T>& array, const char* name, const Shape& shape) {
   }
 }
 
-// A NumPy array that owns the vector; `T` are its numbers, `Item` what the vector holds of them.
-template <class T, class Item>
-py::array_t<T> to_numpy(std::vector<Item>&& items, Shape shape) {
-  static_assert(sizeof(Item) % sizeof(T) == 0);
-  auto owner = std::make_unique<std::vector<Item>>(std::move(items));
+// A NumPy array that owns the items; `T` are their numbers.
+template <class T, class Items>
+py::array_t<T> to_numpy(Items&& items, Shape shape) {
+  using Owner = std::decay_t<Items>;
+  static_assert(sizeof(*items.data()) % sizeof(T) == 0);
+  auto owner = std::make_unique<Owner>(std::move(items));
   const auto* data = reinterpret_cast<const T*>(owner->data());
-  py::capsule capsule(owner.get(), [](void* p) { delete static_cast<std::vector<Item>*>(p); });
+  py::capsule capsule(owner.get(), [](void* p) { delete static_cast<Owner*>(p); });
   owner.release();
   return py::array_t<T>(std::move(shape), data, capsule);
 }
@@ -148,6 +150,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("lattice_frames", &lattice_frames, py::arg("batch"), py::arg("numbers").noconvert(),
         py::arg("edge_index").noconvert(), py::arg("edge_vec").noconvert(), py::arg("row_ptr").noconvert(),
         py::kw_only(), py::arg("threads"));
+  m.def("vector_kernels", [] { return mgt::vector_kernels().name; });
+  m.def("use_vector_kernels", [](const char* name) {
+    if (!mgt::use_vector_kernels(name)) {
+      throw py::value_error(std::string("this machine cannot run the vector kernels '") + name + "'");
+    }
+  });
   m.def("comformer_graph", &comformer_graph, py::arg("batch"), py::kw_only(), py::arg("max_neighbors"),
         py::arg("threads"));
 }

@@ -157,23 +157,28 @@ ComformerGraph comformer_graph(const Crystals& crystals, std::int64_t max_neighb
     count_published(crystals, b, candidates, max_neighbors, copies);
   });
 
-  NeighborList& edges = graph.edges;
   const std::int64_t n_atoms = crystals.batch_ptr[crystals.count];
   const auto n_candidates = static_cast<std::int64_t>(copies.size());
-  edges.row_ptr.push_back(0);
-  std::vector<std::int64_t> targets;
+  std::int64_t n_edges = 0;
+  for (const std::uint8_t n : copies) n_edges += n;
+  NeighborList& edges = graph.edges;
+  edges.edge_index.resize(2 * n_edges);
+  edges.edge_vec.resize(n_edges);
+  edges.cell_shift.resize(n_edges);
+  edges.row_ptr.resize(n_atoms + 1);
+  std::int64_t written = 0;
   for (std::int64_t i = 0; i < n_atoms; ++i) {
+    edges.row_ptr[i] = written;
     for (std::int64_t e = candidates.row_ptr[i]; e < candidates.row_ptr[i + 1]; ++e) {
-      for (int copy = 0; copy < copies[e]; ++copy) {
-        edges.edge_index.push_back(i);
-        targets.push_back(candidates.edge_index[n_candidates + e]);
-        edges.edge_vec.push_back(candidates.edge_vec[e]);
-        edges.cell_shift.push_back(candidates.cell_shift[e]);
+      for (int copy = 0; copy < copies[e]; ++copy, ++written) {
+        edges.edge_index[written] = i;
+        edges.edge_index[n_edges + written] = candidates.edge_index[n_candidates + e];
+        edges.edge_vec[written] = candidates.edge_vec[e];
+        edges.cell_shift[written] = candidates.cell_shift[e];
       }
     }
-    edges.row_ptr.push_back(static_cast<std::int64_t>(targets.size()));
   }
-  edges.edge_index.insert(edges.edge_index.end(), targets.begin(), targets.end());
+  edges.row_ptr[n_atoms] = written;
   return graph;
 }
 

@@ -6,8 +6,8 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
+#include "buffer.hpp"
 #include "crystals.hpp"
 
 namespace mgt {
@@ -32,19 +32,18 @@ struct NeighborOptions {
 struct NeighborList {
   // (2, E): row 0 is the atom an edge starts from, row 1 the one it points to; numbered through the batch.
   // Edges are sorted by (row 0, row 1, S).
-  std::vector<std::int64_t> edge_index;
-  std::vector<Vec3> edge_vec;         // (E) r_ij, Å
-  std::vector<Int3> cell_shift;       // (E) S
-  std::vector<std::int64_t> row_ptr;  // (N + 1) first edge of each atom, and E at the end
+  Buffer<std::int64_t> edge_index;
+  Buffer<Vec3> edge_vec;         // (E) r_ij, Å
+  Buffer<Int3> cell_shift;       // (E) S
+  Buffer<std::int64_t> row_ptr;  // (N + 1) first edge of each atom, and E at the end
   // (N) smallest |d / d_k - (1 + shell_tolerance)| over the neighbours of an atom: an atom whose margin is
   // below the relative noise of its distances may gain or lose a shell. At most shell_tolerance, which the
   // k-th neighbour itself is away. Empty unless asked for.
-  std::vector<double> shell_margin;
+  Buffer<double> shell_margin;
 };
 
-// Throws CrystalError, for the first crystal at fault, before any search: bad numbers or cell (see
-// reduce_cell), too few atoms for k without periodicity, or a search too large to be meant. Two atoms closer
-// than kMinDistance are found, and refused, during the search.
+// Throws CrystalError for the first crystal at fault: bad numbers or cell (see reduce_cell), too few atoms
+// for k without periodicity, a search too large to be meant, or two atoms closer than kMinDistance.
 NeighborList neighbor_list(const Crystals& crystals, const NeighborOptions& options);
 
 }  // namespace mgt

@@ -9,128 +9,298 @@
 namespace mgt {
 namespace {
 
-std::int32_t planes_within(const ReducedCell& cell, int a, double length) {
-  return a < cell.periodic ? static_cast<std::int32_t>(std::floor(kSearchSlack * length / cell.height[a]))
-                           : 0;
+// Rounding must not lose a pair right on the radius; the exact test of distance follows.
+constexpr double kSlack = 1.0 + 4e-6;
+constexpr double kUnit = 1.0 / (1 << 24);  // half a unit in the last place of single precision, relative
+// Points are sorted into bins if there are more than these, and more than so many for each neighbour.
+constexpr double kBinnedPoints = 512, kBinnedRatio = 16;
+constexpr std::int64_t kRanked = 192;  // up to so many keys are sorted by counting the lesser ones
+constexpr std::size_t kVector = 16;    // single-precision numbers in the widest register
+
+// Memory of a thread for sorting.
+struct SortSpace {
+  Buffer<std::uint32_t> order, keys;
+  Buffer<std::uint64_t> words, swapped;
+};
+SortSpace& sort_space() {
+  static thread_local SortSpace space;
+  return space;
+}
+
+// Where the keys, different from one another, stand in ascending order.
+const std::uint32_t* ascending(const std::uint32_t* keys, std::int64_t count) {
+  SortSpace& space = sort_space();
+  space.order.resize(2 * count);
+  std::uint32_t *order = space.order.data(), *rank = order + count;
+  if (count <= kRanked) {
+    vector_kernels().rank(keys, count, rank);
+    for (std::int64_t k = 0; k < count; ++k) order[rank[k]] = static_cast<std::uint32_t>(k);
+    return order;
+  }
+  // Radix sort by bytes, the least first.
+  space.words.resize(count);
+  space.swapped.resize(count);
+  std::uint64_t *from = space.words.data(), *to = space.swapped.data();
+  std::uint32_t highest = 0;
+  for (std::int64_t k = 0; k < count; ++k) {
+    from[k] = std::uint64_t{keys[k]} << 32 | static_cast<std::uint64_t>(k);
+    highest |= keys[k];
+  }
+  for (int byte = 0; byte < 4 && highest >> (8 * byte) != 0; ++byte) {
+    const int position = 32 + 8 * byte;
+    std::int64_t start[257] = {};
+    for (std::int64_t k = 0; k < count; ++k) ++start[(from[k] >> position & 255) + 1];
+    std::partial_sum(start, start + 257, start);
+    for (std::int64_t k = 0; k < count; ++k) to[start[from[k] >> position & 255]++] = from[k];
+    std::swap(from, to);
+  }
+  for (std::int64_t k = 0; k < count; ++k) order[k] = static_cast<std::uint32_t>(from[k]);
+  return order;
+}
+
+bool before(const Int4& a, const Int4& b) { return Int3{a.x, a.y, a.z} < Int3{b.x, b.y, b.z}; }
+
+// Where the shifts, all of them between `low` and `high`, stand in lexicographic order.
+const std::uint32_t* shift_order(const Int4* shifts, std::int64_t count, const Int4& low, const Int4& high) {
+  const double ranges[3] = {double(high.x) - low.x + 1, double(high.y) - low.y + 1,
+                            double(high.z) - low.z + 1};
+  SortSpace& space = sort_space();
+  if (ranges[0] * ranges[1] * ranges[2] < 4294967296.0) {  // the place in the box between is a key
+    const auto range_y = static_cast<std::uint32_t>(ranges[1]),
+               range_z = static_cast<std::uint32_t>(ranges[2]);
+    space.keys.resize(count);
+    for (std::int64_t m = 0; m < count; ++m) {
+      const Int4& s = shifts[m];
+      const auto x = std::uint32_t(s.x - low.x), y = std::uint32_t(s.y - low.y),
+                 z = std::uint32_t(s.z - low.z);
+      space.keys[m] = (x * range_y + y) * range_z + z;
+    }
+    return ascending(space.keys.data(), count);
+  }
+  space.order.resize(count);
+  std::iota(space.order.begin(), space.order.end(), 0u);
+  std::sort(space.order.begin(), space.order.end(),
+            [&](std::uint32_t m, std::uint32_t n) { return before(shifts[m], shifts[n]); });
+  return space.order.data();
 }
 
 }  // namespace
 
-MGT_WIDE_VECTORS void squared_distances(std::int64_t count, const double* x, const double* y, const double* z,
-                                        Vec3 centre, Vec3 offset, double* out) {
-  for (std::int64_t m = 0; m < count; ++m) {
-    const double dx = (x[m] - centre.x) + offset.x;
-    const double dy = (y[m] - centre.y) + offset.y;
-    const double dz = (z[m] - centre.z) + offset.z;
-    out[m] = dx * dx + dy * dy + dz * dz;
-  }
+void NeighborSearch::PointBuffer::resize(std::size_t count) {
+  x.resize(count);
+  y.resize(count);
+  z.resize(count);
+  code.resize(count);
 }
 
-ImageSearch::ImageSearch(const ReducedCell& cell, const WrappedAtoms& atoms, double radius)
-    : cell_(cell), atoms_(atoms) {
-  // The longest pair vector within the periodic directions bounds the translations that can be needed.
-  double longest = 0;
-  const auto n_atoms = static_cast<std::int64_t>(atoms.position.size());
-  for (std::int64_t i = 0; i < n_atoms; ++i) {
-    for (std::int64_t j = i + 1; j < n_atoms; ++j) {
-      Vec3 v = atoms.position[j] - atoms.position[i];
-      for (int a = cell.periodic; a < 3; ++a) v = v - dot(v, cell.basis.row[a]) * cell.basis.row[a];
-      longest = std::max(longest, dot(v, v));
-    }
+bool NeighborSearch::prepare(const ReducedCell& cell, const WrappedAtoms& atoms, double radius,
+                             Arena& arena) {
+  const std::size_t n_atoms = atoms.position.size();
+  Vec4* position = arena.take<Vec4>(n_atoms);
+  Int4* wrap = arena.take<Int4>(n_atoms);
+  Vec3 low = atoms.position[0], high = low, first = combine(low, cell.inverse), last = first;
+  for (std::size_t i = 0; i < n_atoms; ++i) {
+    const Vec3 x = atoms.position[i], u = combine(x, cell.inverse);
+    const Int3 s = atoms.wrap[i];
+    position[i] = {x.x, x.y, x.z, 0};
+    wrap[i] = {s.x, s.y, s.z, 0};
+    const auto lesser = [](Vec3 a, Vec3 b) {
+      return Vec3{std::min(a.x, b.x), std::min(a.y, b.y), std::min(a.z, b.z)};
+    };
+    low = lesser(low, x);
+    high = -lesser(-high, -x);
+    first = lesser(first, u);
+    last = -lesser(-last, -u);
   }
-  const double length = kSearchSlack * (radius + std::sqrt(longest));
-  std::int32_t most[3];
-  for (int a = 0; a < 3; ++a) most[a] = planes_within(cell, a, length);
+  tables_.position = position;
+  tables_.wrap = wrap;
+  const Vec3 width = high - low, middle = 0.5 * (low + high), extent = last - first;
+  middle_ = middle;
+  width_ = width;
+  const double widest = std::max({width.x, width.y, width.z});
+  radius_ = kSlack * radius + 32 * kUnit * widest;
+  // Coordinates of points are at most widest + radius, each of a few operations on them errs by kUnit of
+  // that.
+  error_ = static_cast<float>(32 * kUnit * radius_ * (widest + radius_));
+  find_images(cell, extent, arena);
+  if ((n_atoms - 1) >> (32 - tables_.image_bits) != 0) return false;
+  list_points(n_atoms);
+  const double neighbors = sphere_volume(radius) / atoms.volume_per_atom;
+  binned_ = static_cast<double>(count_) > kBinnedPoints + kBinnedRatio * neighbors;
+  capacity_ = count_;
+  if (binned_) sort_into_bins();
+  return true;
+}
 
-  struct Image {
-    Int3 shift;
-    Vec3 vector;
+void NeighborSearch::find_images(const ReducedCell& cell, Vec3 extent, Arena& arena) {
+  const double extents[3] = {extent.x, extent.y, extent.z};
+  std::int32_t most[3];
+  for (int a = 0; a < 3; ++a) {
+    most[a] = a < cell.periodic
+                  ? static_cast<std::int32_t>(std::floor(kSlack * (radius_ / cell.height[a] + extents[a])))
+                  : 0;
+  }
+  const std::size_t room = (2 * std::size_t(most[0]) + 1) * (2 * most[1] + 1) * (2 * most[2] + 1);
+  auto* translations = arena.take<Vec4>(room);
+  auto* shifts = arena.take<Int4>(room);
+  const double reach = radius_ * radius_;
+  const auto outside = [](double length, double width) {
+    const double gap = std::max(std::fabs(length) - width, 0.0);
+    return gap * gap;
   };
-  std::vector<Image> images;
+  Int4 low{0, 0, 0, 0}, high{0, 0, 0, 0}, last{INT32_MIN, 0, 0, 0};
+  bool in_order = true;
+  std::int64_t count = 0;
   for (std::int32_t a = -most[0]; a <= most[0]; ++a) {
     for (std::int32_t b = -most[1]; b <= most[1]; ++b) {
+      // The same as translation({a, b, c}, cell.basis), which adds from the left.
+      const Vec3 line = double(a) * cell.basis.row[0] + double(b) * cell.basis.row[1];
+      const Int3 first = combine({a, b, -most[2]}, cell.to_given), step = cell.to_given[2];
+      Int4 shift{first.x, first.y, first.z, 0};
       for (std::int32_t c = -most[2]; c <= most[2]; ++c) {
-        const Vec3 vector = translation({a, b, c}, cell.basis);
-        if (dot(vector, vector) <= length * length)
-          images.push_back({combine({a, b, c}, cell.to_given), vector});
+        const Vec3 v = line + double(c) * cell.basis.row[2];
+        translations[count] = {v.x, v.y, v.z, 0};
+        shifts[count] = shift;
+        // No two atoms are farther apart along an axis than the box is wide.
+        if (outside(v.x, width_.x) + outside(v.y, width_.y) + outside(v.z, width_.z) <= reach) {
+          in_order = in_order && before(last, shift);
+          last = shift;
+          low = {std::min(low.x, shift.x), std::min(low.y, shift.y), std::min(low.z, shift.z), 0};
+          high = {std::max(high.x, shift.x), std::max(high.y, shift.y), std::max(high.z, shift.z), 0};
+          ++count;
+        }
+        shift = {shift.x + step.x, shift.y + step.y, shift.z + step.z, 0};
       }
     }
   }
-  std::sort(images.begin(), images.end(), [](const Image& p, const Image& q) { return p.shift < q.shift; });
-  for (const Image& image : images) {
-    shifts_.push_back(image.shift);
-    images_.push_back(image.vector);
+  if (!in_order) {
+    const std::uint32_t* order = shift_order(shifts, count, low, high);
+    auto* sorted_translations = arena.take<Vec4>(count);
+    auto* sorted_shifts = arena.take<Int4>(count);
+    for (std::int64_t m = 0; m < count; ++m) {
+      sorted_translations[m] = translations[order[m]];
+      sorted_shifts[m] = shifts[order[m]];
+    }
+    translations = sorted_translations;
+    shifts = sorted_shifts;
   }
-  squared_.resize(images.size());
-  hits_.resize(images.size() + 1);
+  image_x_.resize(count);
+  image_y_.resize(count);
+  image_z_.resize(count);
+  for (std::int64_t m = 0; m < count; ++m) {
+    image_x_[m] = static_cast<float>(translations[m].x);
+    image_y_[m] = static_cast<float>(translations[m].y);
+    image_z_[m] = static_cast<float>(translations[m].z);
+    if ((shifts[m].x | shifts[m].y | shifts[m].z) == 0) tables_.home = static_cast<std::uint32_t>(m);
+  }
+  tables_.translation = translations;
+  tables_.shift = shifts;
+  tables_.image_bits = 0;
+  while (std::int64_t{1} << tables_.image_bits < count) ++tables_.image_bits;
 }
 
-BinSearch::BinSearch(const ReducedCell& cell, const WrappedAtoms& atoms, double radius)
-    : cell_(cell), atoms_(atoms) {
-  const std::size_t n_atoms = atoms.position.size();
-  double width[3];
+void NeighborSearch::list_points(std::size_t n_atoms) {
+  const auto images = static_cast<std::int64_t>(image_x_.size());
+  const float half[3] = {float(0.5 * width_.x), float(0.5 * width_.y), float(0.5 * width_.z)};
+  const Points translations{image_x_.data(), image_y_.data(), image_z_.data(), nullptr};
+  const float reach = static_cast<float>(radius_ * radius_) * 1.0001f + error_;
+  const ListKernel list = vector_kernels().list;
+  count_ = 0;
+  for (std::size_t j = 0; j < n_atoms; ++j) {
+    if (points_.x.size() < count_ + images + kVector) points_.resize(2 * (count_ + images + kVector));
+    const Vec4& x = tables_.position[j];
+    const float atom[3] = {float(x.x - middle_.x), float(x.y - middle_.y), float(x.z - middle_.z)};
+    count_ += list(translations, images, atom, half, reach, std::uint32_t(j) << tables_.image_bits,
+                   points_.at(count_));
+  }
+}
+
+void NeighborSearch::sort_into_bins() {
+  // Columns along z as wide as the radius, of bins a quarter as long; not many more bins than points.
+  const double widths[3] = {width_.x, width_.y, width_.z}, part[3] = {1, 1, 0.25};
+  double total = 1;
+  for (int a = 0; a < 3; ++a) total *= std::max(1.0, (widths[a] + 2 * radius_) / (part[a] * radius_));
+  const double thin = std::max(1.0, std::cbrt(total / (2.0 * static_cast<double>(count_))));
   for (int a = 0; a < 3; ++a) {
-    low_[a] = 0;
-    width[a] = 1;
+    const double span = widths[a] + 2 * radius_;
+    bins_[a] = static_cast<std::int32_t>(std::max(1.0, std::floor(span / (part[a] * radius_ * thin))));
+    low_[a] = static_cast<float>(-0.5 * span);
+    bin_width_[a] = static_cast<float>(span / bins_[a]);
+    per_length_[a] = static_cast<float>(bins_[a] / span);
   }
-  if (cell.periodic < 3) {
-    double high[3];
-    for (std::size_t i = 0; i < n_atoms; ++i) {
-      const Vec3 u = combine(atoms.position[i], cell.inverse);
-      const double coordinate[3] = {u.x, u.y, u.z};
-      for (int a = cell.periodic; a < 3; ++a) {
-        low_[a] = i == 0 ? coordinate[a] : std::min(low_[a], coordinate[a]);
-        high[a] = i == 0 ? coordinate[a] : std::max(high[a], coordinate[a]);
-      }
-    }
-    for (int a = cell.periodic; a < 3; ++a) width[a] = std::max(high[a] - low_[a], 1e-3);
+  const auto n_bins = std::size_t(bins_[0]) * bins_[1] * bins_[2];
+  start_.resize(n_bins + 2);
+  std::fill(start_.begin(), start_.end(), 0);
+  bin_.resize(count_);
+  const Points points = points_.view();
+  for (std::int64_t k = 0; k < count_; ++k) {
+    const std::int32_t column = bin_of(0, points.x[k]) * bins_[1] + bin_of(1, points.y[k]);
+    bin_[k] = static_cast<std::uint32_t>(column) * bins_[2] + bin_of(2, points.z[k]);
+    ++start_[bin_[k] + 2];
   }
-  // Bins no wider than the radius, but not many more of them than atoms.
-  double wanted[3], total = 1;
-  for (int a = 0; a < 3; ++a) {
-    wanted[a] = std::max(1.0, std::floor(width[a] * cell.height[a] / (kSearchSlack * radius)));
-    total *= wanted[a];
-  }
-  const double thin = std::max(1.0, std::cbrt(total / static_cast<double>(n_atoms)));
-  for (int a = 0; a < 3; ++a) {
-    bins_[a] = static_cast<std::int32_t>(std::min(std::max(1.0, std::floor(wanted[a] / thin)), 1024.0));
-    scale_[a] = bins_[a] / width[a];
-    reach_[a] = static_cast<std::int32_t>(std::ceil(kSearchSlack * radius * scale_[a] / cell.height[a]));
-    if (a >= cell.periodic) reach_[a] = std::min(reach_[a], bins_[a] - 1);
-  }
-  std::vector<std::int64_t> bin(n_atoms);
-  start_.assign(std::size_t(bins_[0]) * bins_[1] * bins_[2] + 1, 0);
-  for (std::size_t i = 0; i < n_atoms; ++i) {
-    bin[i] = flat(bin_of(atoms.position[i]));
-    ++start_[bin[i] + 1];
-  }
-  squared_.resize(*std::max_element(start_.begin(), start_.end()));
+  // start_[bin + 1] is where the bin starts, until its points have been put in: then, where it ends.
   std::partial_sum(start_.begin(), start_.end(), start_.begin());
-  std::vector<std::int64_t> next(start_.begin(), start_.end() - 1);
-  atom_.resize(n_atoms);
-  for (std::size_t i = 0; i < n_atoms; ++i) atom_[next[bin[i]]++] = static_cast<std::int64_t>(i);
-  for (const std::int64_t i : atom_) points_.push_back(atoms.position[i]);
+  binned_points_.resize(count_ + kVector);
+  for (std::int64_t k = 0; k < count_; ++k) {
+    const std::int64_t place = start_[bin_[k] + 1]++;
+    binned_points_.x[place] = points.x[k];
+    binned_points_.y[place] = points.y[k];
+    binned_points_.z[place] = points.z[k];
+    binned_points_.code[place] = points.code[k];
+  }
+  std::int64_t fullest = 0;
+  for (std::int32_t column = 0; column < bins_[0] * bins_[1]; ++column) {
+    fullest = std::max(
+        fullest, start_[(column + 1) * std::int64_t{bins_[2]}] - start_[column * std::int64_t{bins_[2]}]);
+  }
+  capacity_ = std::min(count_, 9 * fullest);
 }
 
-Int3 BinSearch::bin_of(Vec3 position) const {
-  const Vec3 u = combine(position, cell_.inverse);
-  const auto index = [&](double coordinate, int a) {
-    const double bin = std::floor((coordinate - low_[a]) * scale_[a]);
-    return static_cast<std::int32_t>(std::min(std::max(bin, 0.0), bins_[a] - 1.0));
-  };
-  return {index(u.x, 0), index(u.y, 1), index(u.z, 2)};
+std::int32_t NeighborSearch::bin_of(int axis, float coordinate) const {
+  const float bin = (coordinate - low_[axis]) * per_length_[axis];
+  return static_cast<std::int32_t>(std::min(std::max(bin, 0.0f), static_cast<float>(bins_[axis] - 1)));
 }
 
-bool BinSearch::wrap(Int3& bin, Int3& image) const {
-  const auto axis = [&](std::int32_t& b, std::int32_t& s, int a) {
-    s = 0;
-    if (b >= 0 && b < bins_[a]) return true;
-    if (a >= cell_.periodic) return false;
-    s = b >= 0 ? b / bins_[a] : -((bins_[a] - 1 - b) / bins_[a]);
-    b -= s * bins_[a];
-    return true;
+std::int64_t NeighborSearch::select(std::uint32_t i, const Bounds& bounds, std::uint32_t* codes,
+                                    float* squared, std::int64_t& unsure) const {
+  const SelectKernel select = vector_kernels().select;
+  const Vec4& x = tables_.position[i];
+  const float centre[3] = {float(x.x - middle_.x), float(x.y - middle_.y), float(x.z - middle_.z)};
+  if (!binned_) return select(points_.view(), 0, count_, centre, bounds, codes, squared, unsure);
+
+  const Points points = binned_points_.view();
+  const auto radius = static_cast<float>(radius_);
+  const std::int32_t home[2] = {bin_of(0, centre[0]), bin_of(1, centre[1])};
+  // How far the centre is from a column that is `step` bins away.
+  const auto gap = [&](int axis, std::int32_t step) {
+    const float edge = low_[axis] + bin_width_[axis] * (home[axis] + (step > 0 ? step : step + 1));
+    return step == 0 ? 0.0f : std::max(0.0f, step > 0 ? edge - centre[axis] : centre[axis] - edge);
   };
-  return axis(bin.x, image.x, 0) && axis(bin.y, image.y, 1) && axis(bin.z, image.z, 2);
+  std::int64_t count = 0;
+  for (std::int32_t a = -1; a <= 1; ++a) {
+    if (home[0] + a < 0 || home[0] + a >= bins_[0]) continue;
+    for (std::int32_t b = -1; b <= 1; ++b) {
+      if (home[1] + b < 0 || home[1] + b >= bins_[1]) continue;
+      const float gap_x = gap(0, a), gap_y = gap(1, b);
+      const float rest = radius * radius - (gap_x * gap_x + gap_y * gap_y);
+      if (rest < 0) continue;
+      const float reach = std::sqrt(rest);
+      const std::int64_t column = (std::int64_t{home[0]} + a) * bins_[1] + home[1] + b;
+      const std::int64_t* start = start_.data() + column * bins_[2];
+      count += select(points, start[bin_of(2, centre[2] - reach)], start[bin_of(2, centre[2] + reach) + 1],
+                      centre, bounds, codes + count, squared ? squared + count : nullptr, unsure);
+    }
+  }
+  return count;
+}
+
+void NeighborSearch::sort(std::uint32_t* codes, std::int64_t count) const {
+  if (!binned_) return;
+  const std::uint32_t* order = ascending(codes, count);
+  Buffer<std::uint32_t>& sorted = sort_space().keys;
+  sorted.resize(count);
+  for (std::int64_t k = 0; k < count; ++k) sorted[k] = codes[order[k]];
+  std::copy(sorted.begin(), sorted.end(), codes);
 }
 
 }  // namespace mgt
