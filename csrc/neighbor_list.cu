@@ -21,6 +21,7 @@ namespace {
 using Bits = unsigned long long;  // the integer that CUDA's atomic operations take
 
 constexpr int kThreads = 128;
+constexpr int kMostThreads = 512;  // of a block that prepares a crystal
 constexpr int kWarpsPerBlock = kThreads / kWarp;
 constexpr int kPool = 128;  // distances a warp keeps to find the k-th among
 
@@ -47,7 +48,7 @@ __device__ inline bool any_fault(const long long* first_fault, std::int64_t n_cr
 }
 
 // Inclusive sums in place, by one warp.
-__device__ inline void sum_up(int count, int* values) {
+__device__ inline void sum_up_warp(int count, int* values) {
   int before = 0;
   for (int base = 0; base < count; base += kWarp) {
     const int k = base + lane_index();
@@ -60,6 +61,22 @@ __device__ inline void sum_up(int count, int* values) {
     if (k < count) values[k] = sum;
     before = __shfl_sync(kAllLanes, sum, kWarp - 1);
   }
+}
+
+// Inclusive sums in place, by a block; each thread sums a share of its own.
+__device__ inline void sum_up(int count, int* values) {
+  __shared__ int totals[kMostThreads];
+  const int t = threadIdx.x, share = (count + blockDim.x - 1) / blockDim.x;
+  const int begin = t * share, end = begin + share < count ? begin + share : count;
+  int sum = 0;
+  for (int k = begin; k < end; ++k) sum += values[k];
+  totals[t] = sum;
+  __syncthreads();
+  if (t < kWarp) sum_up_warp(blockDim.x, totals);
+  __syncthreads();
+  sum = t > 0 ? totals[t - 1] : 0;
+  for (int k = begin; k < end; ++k) values[k] = sum += values[k];
+  __syncthreads();
 }
 
 // Whether the search reaches for more than can be meant.
@@ -90,9 +107,9 @@ using mgt::Mat3;
 using mgt::SearchCell;
 using mgt::Vec3;
 
-// Grid: one block a crystal. Writes crystals, bin_start (N + B), and for each slot its atom, crystal,
-// position and wrap; with a cutoff also its limit.
-extern "C" __global__ void __launch_bounds__(mgt::kThreads)
+// Grid: one block a crystal, of at most kMostThreads. Writes crystals, bin_start (N + B), and for each slot
+// its atom, crystal, position and wrap; with a cutoff also its limit.
+extern "C" __global__ void __launch_bounds__(mgt::kMostThreads)
     prepare_crystals(std::int64_t n_crystals, std::int64_t n_atoms, const std::int64_t* batch_ptr,
                      const double* frac_coords, const double* cells, const bool* pbc_flags, double cutoff,
                      std::int64_t max_neighbors, unsigned char* crystals, int* bin_start, int* slot_atom,
@@ -176,8 +193,7 @@ extern "C" __global__ void __launch_bounds__(mgt::kThreads)
     atomicAdd(&start[bin_of(wrapped(i).position)], 1);
   }
   __syncthreads();
-  if (threadIdx.x < kWarp) sum_up(bins + 1, start);
-  __syncthreads();
+  sum_up(bins + 1, start);
   for (std::int64_t i = first + threadIdx.x; i < last; i += blockDim.x) {
     const WrappedAtom atom = wrapped(i);
     const int slot = atomicAdd(&start[bin_of(atom.position)], -1) - 1;

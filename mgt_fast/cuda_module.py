@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -23,7 +22,8 @@ class CudaModule:
 
     def __init__(self, name: str):
         self.name = name
-        self._kernels = {}
+        self._modules = {}  # by device
+        self._kernels = {}  # by device and name
 
     def launch(self, kernel: str, blocks: int, threads: int, *args: torch.Tensor | int | float) -> None:
         """Start a kernel on torch's current stream; without blocks there is nothing to start.
@@ -42,15 +42,19 @@ class CudaModule:
             return
         cupy = _import_cupy()
         device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
-        values = [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args]
+        values = tuple(arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args)
         stream = cupy.cuda.Stream.from_external(_TorchStream(torch.cuda.current_stream(device)))
         with torch.cuda.device(device), stream:
-            if kernel not in self._kernels:
-                self._kernels[kernel] = self._module.get_function(kernel)
-            self._kernels[kernel]((blocks,), (threads,), values)
+            self._kernel(device.index, kernel)((blocks,), (threads,), values)
 
-    @cached_property
-    def _module(self):
+    def _kernel(self, device: int, name: str):
+        if device not in self._modules:
+            self._modules[device] = self._load()
+        if (device, name) not in self._kernels:
+            self._kernels[device, name] = self._modules[device].get_function(name)
+        return self._kernels[device, name]
+
+    def _load(self):
         cupy = _import_cupy()
         fatbin = _BUILT / f"{self.name}.fatbin"
         if fatbin.exists():
@@ -86,7 +90,7 @@ def _import_cupy():
         import cupy
     except ImportError as error:
         raise RuntimeError(
-            "neighbour lists on a CUDA device need CuPy: pip install 'mgt-fast[cuda]', or bring the crystals "
+            "crystals on a CUDA device need CuPy: pip install 'mgt-fast[cuda]', or bring the crystals "
             "to the CPU with crystals.to('cpu')"
         ) from error
     return cupy

@@ -13,6 +13,8 @@ KERNELS = CudaModule("neighbor_list")
 
 _THREADS = 128
 _WARPS = _THREADS // 32
+_MOST_THREADS = 512  # kMostThreads of csrc/neighbor_list.cu
+_LARGE_CRYSTAL = 1000  # atoms a crystal from which its block takes more threads
 _CRYSTAL_BYTES = 384  # kSearchCellBytes of csrc/neighbor_device.hpp
 
 
@@ -79,7 +81,7 @@ def count_edges(
     KERNELS.launch(
         "prepare_crystals",
         n_crystals,
-        _THREADS,
+        _THREADS if n_atoms < _LARGE_CRYSTAL * n_crystals else _MOST_THREADS,
         n_crystals,
         n_atoms,
         crystals.batch_ptr.contiguous(),

@@ -128,6 +128,14 @@ def test_more_equal_distances_than_the_pool_holds():
     assert_same_lists(batch_of(CUBIC), max_neighbors=k)
 
 
+def test_large_crystals_are_prepared_by_more_threads(monkeypatch):
+    monkeypatch.setattr(neighbors_cuda, "_LARGE_CRYSTAL", 10)
+    rng = np.random.default_rng(0)
+    large = supercell(CUBIC, (11, 9, 8))
+    large = large._replace(frac=large.frac + 0.01 * rng.normal(size=large.frac.shape))
+    assert_same_lists(batch_of(large, CUBIC), cutoff=3.2)
+
+
 def test_an_atom_far_from_the_others_lets_the_search_grow():
     crystal = with_frac([0, 0, 0], [0.05, 0, 0], [0.1, 0, 0], [0.05, 0.05, 0], [0.5, 0.5, 0.5])
     crystal = crystal._replace(cell=40.0 * np.eye(3))
