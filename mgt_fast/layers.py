@@ -20,6 +20,7 @@ from .kernels.activations import softplus
 from .kernels.edge_attention import edge_attention
 from .kernels.node_attention import node_attention
 from .kernels.rbf_embedding import rbf_embedding
+from .kernels.residual_norm import residual_norm
 from .kernels.segments import Segments
 from .kernels.tensor_product import TensorProductShape, tensor_product_1, tensor_product_2
 
@@ -178,7 +179,7 @@ class EdgeWiseAttention(_Attention):
         )
         # The projection is applied once to the sum over three directions, its bias three times.
         out = F.linear(gated, self.lin_concate.weight, 3 * self.lin_concate.bias)
-        return softplus(edge + self.bn(out))
+        return residual_norm(edge, out, self.bn, backend=index.backend)
 
 
 class NodeWiseAttention(_Attention):
@@ -211,7 +212,7 @@ class NodeWiseAttention(_Attention):
             self.bn_att,
             backend=index.backend,
         )
-        return softplus(node + self.bn(self.lin_concate(gated)))
+        return residual_norm(node, self.lin_concate(gated), self.bn, backend=index.backend)
 
 
 class _TensorProductBuffers(nn.Module):

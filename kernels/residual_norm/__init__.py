@@ -1,0 +1,153 @@
+"""Residual, BatchNorm and softplus in one pass over the rows, after one for the statistics."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..precision import accumulator_dtype, compute_dtype
+from .reference import residual_norm as residual_norm_reference
+
+__all__ = ["residual_norm"]
+
+
+def residual_norm(
+    x: torch.Tensor, y: torch.Tensor, norm: nn.BatchNorm1d, *, backend: str = "torch"
+) -> torch.Tensor:
+    """softplus(x + BatchNorm(y)), (R, C); see `reference.residual_norm` for the arguments.
+
+    With Triton the result is bfloat16 under autocast; statistics are float32 or better.
+
+    Raises:
+        ValueError: in training with fewer than two rows, whose statistics do not exist.
+    """
+    if backend == "torch":
+        return residual_norm_reference(x, y, norm)
+    dtype = compute_dtype(x)
+    wide = accumulator_dtype(dtype)
+    x, y = x.to(dtype).contiguous(), y.to(dtype).contiguous()
+    if norm.training:
+        num_rows = y.shape[0]
+        if num_rows < 2:
+            raise ValueError(f"batch statistics need at least 2 rows, got {num_rows}")
+        # Statistics merge in any grouping: those of other processes' rows could join here.
+        _, mean, var = _merge_statistics(_partial_statistics(y.detach()))
+        norm.num_batches_tracked += 1
+        unbiased = var * (num_rows / (num_rows - 1))
+        for running, batch in ((norm.running_mean, mean), (norm.running_var, unbiased)):
+            running.lerp_(batch.to(running.dtype), norm.momentum)
+    else:
+        mean, var = norm.running_mean.to(wide), norm.running_var.to(wide)
+    weight, bias = norm.weight.to(wide), norm.bias.to(wide)
+    return _residual_norm(x, y, mean, var, weight, bias, norm.training, norm.eps)
+
+
+MAX_PARTS, ROWS_A_PART = 512, 64
+
+
+def _num_parts(num_rows: int) -> int:
+    """Programs that each sum over their own share of the rows: enough to keep a large GPU's memory busy."""
+    return min(-(-num_rows // ROWS_A_PART), MAX_PARTS)
+
+
+@torch.library.custom_op("mgt_fast::partial_statistics", mutates_args=())
+def _partial_statistics(y: torch.Tensor) -> torch.Tensor:
+    """Count, mean and biased variance over each of P parts of the rows, (R, C) → (P, 3, C)."""
+    from .triton import partial_statistics
+
+    return partial_statistics(y, _num_parts(y.shape[0]))
+
+
+@_partial_statistics.register_fake
+def _(y):
+    return y.new_empty(_num_parts(y.shape[0]), 3, y.shape[1], dtype=accumulator_dtype(y.dtype))
+
+
+@torch.library.custom_op("mgt_fast::merge_statistics", mutates_args=())
+def _merge_statistics(parts: torch.Tensor) -> torch.Tensor:
+    """Merge count, mean and biased variance of parts of the rows, (P, 3, C) → (3, C)."""
+    from .triton import merge_statistics
+
+    return merge_statistics(parts)
+
+
+@_merge_statistics.register_fake
+def _(parts):
+    return parts.new_empty(parts.shape[1:])
+
+
+@torch.library.custom_op("mgt_fast::residual_norm", mutates_args=())
+def _residual_norm(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    training: bool,
+    eps: float,
+) -> torch.Tensor:
+    """softplus(x + BatchNorm(y)); in training mean and var count as functions of y in the gradient."""
+    from .triton import forward
+
+    return forward(x, y, mean, var, weight, bias, eps)
+
+
+@_residual_norm.register_fake
+def _(x, y, mean, var, weight, bias, training, eps):
+    return torch.empty_like(y)
+
+
+@torch.library.custom_op("mgt_fast::residual_norm_backward_sums", mutates_args=())
+def _backward_sums(
+    grad: torch.Tensor, out: torch.Tensor, y: torch.Tensor, mean: torch.Tensor, var: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradient g of x, (R, C), and the sums of g and g · ŷ over each of P parts of the rows, (P, 2, C)."""
+    from .triton import backward_sums
+
+    return backward_sums(grad.contiguous(), out, y, mean, var, eps, _num_parts(y.shape[0]))
+
+
+@_backward_sums.register_fake
+def _(grad, out, y, mean, var, eps):
+    return torch.empty_like(y), mean.new_empty(_num_parts(y.shape[0]), 2, mean.shape[0])
+
+
+@torch.library.custom_op("mgt_fast::residual_norm_backward_y", mutates_args=())
+def _backward_y(
+    grad_x: torch.Tensor,
+    y: torch.Tensor,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    weight: torch.Tensor,
+    averages: torch.Tensor | None,
+    eps: float,
+) -> torch.Tensor:
+    """Gradient of y, (R, C); `averages` of g and g · ŷ over all rows, (2, C), if y made mean and var."""
+    from .triton import backward_y
+
+    return backward_y(grad_x, y, mean, var, weight, averages, eps)
+
+
+@_backward_y.register_fake
+def _(grad_x, y, *_):
+    return torch.empty_like(y)
+
+
+def _setup_context(ctx, inputs, output):
+    _, y, mean, var, weight, _, ctx.training, ctx.eps = inputs
+    ctx.save_for_backward(output, y, mean, var, weight)
+
+
+def _backward(ctx, grad):
+    out, y, mean, var, weight = ctx.saved_tensors
+    grad_x, parts = _backward_sums(grad, out, y, mean, var, ctx.eps)
+    sums = parts.sum(0)
+    # As the statistics, these averages run over all rows, those of other processes included.
+    averages = sums / y.shape[0] if ctx.training else None
+    grad_y = _backward_y(grad_x, y, mean, var, weight, averages, ctx.eps)
+    grad_bias, grad_weight = sums
+    return grad_x, grad_y, None, None, grad_weight, grad_bias, None, None
+
+
+_residual_norm.register_autograd(_backward, setup_context=_setup_context)

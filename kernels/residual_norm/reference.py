@@ -1,0 +1,28 @@
+"""Plain PyTorch `residual_norm`."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..activations import softplus
+
+
+def residual_norm(x: torch.Tensor, y: torch.Tensor, norm: nn.BatchNorm1d) -> torch.Tensor:
+    """softplus(x + BatchNorm(y)), the end of both attention layers.
+
+    Args:
+        x: features to update, (R, C).
+        y: their change before normalisation, (R, C).
+        norm: BatchNorm over the R rows; in training its running statistics are updated.
+
+    Returns:
+        (R, C).
+
+    Raises:
+        ValueError: in training with a single row, whose statistics do not exist.
+
+    Source:
+        arXiv 2507.15303, edge-wise and node-wise attention.
+    """
+    return softplus(x + norm(y))
