@@ -232,6 +232,12 @@ T atomicAdd(T* address, T value) {
   return before;
 }
 template <class T>
+T atomicExch(T* address, T value) {
+  const T before = *address;
+  *address = value;
+  return before;
+}
+template <class T>
 T atomicMin(T* address, T value) {
   const T before = *address;
   if (value < before) *address = value;

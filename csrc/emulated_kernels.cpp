@@ -10,6 +10,7 @@
 
 #include "cuda_emulation.hpp"
 // After the emulation, which defines what the kernels are written in.
+#include "lattice_frame.cu"
 #include "neighbor_list.cu"
 
 namespace py = pybind11;
@@ -50,8 +51,8 @@ Launch launcher(void (*kernel)(Parameters...)) {
 
 #define KERNEL(name) {#name, launcher(&name)}
 const std::map<std::string, Launch> kKernels = {KERNEL(prepare_crystals), KERNEL(find_shells),
-                                                KERNEL(count_edges), KERNEL(fill_edges),
-                                                KERNEL(odd_lanes_alone)};
+                                                KERNEL(count_edges),      KERNEL(fill_edges),
+                                                KERNEL(choose_frames),    KERNEL(odd_lanes_alone)};
 #undef KERNEL
 
 }  // namespace

@@ -1,175 +1,189 @@
 #include "lattice_frame.hpp"
 
 #include <algorithm>
-#include <array>
-#include <cmath>
-#include <limits>
+#include <memory>
 
+#include "cell_reduction.hpp"
+#include "frame_signature.hpp"
+#include "lattice_bases.hpp"
 #include "parallel.hpp"
 #include "primitive_lattice.hpp"
+
+// Wider vector units where the machine has them. Without contraction to fused multiply-adds every version
+// rounds alike.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#define MGT_WIDE_VECTORS __attribute__((target_clones("default", "avx2", "avx512f")))
+#else
+#define MGT_WIDE_VECTORS
+#endif
 
 namespace mgt {
 namespace {
 
-constexpr double kTie = 1e-4;            // cosines, and lengths in units of the shortest, that count as equal
-constexpr double kSignatureTie = 1e-12;  // relative difference of signatures that counts as none
+// Edges are worked on in blocks, each quantity in an array of its own, for the sake of vector units and
+// caches.
+constexpr std::int64_t kBlock = 1024;
 
-using Basis = std::array<int, 3>;  // rows of a frame, as indices into the list of vectors
-
-struct Candidates {
-  std::vector<Vec3> vectors;
-  std::vector<Basis> bases;
+struct EdgeBlock {
+  double x[kBlock], y[kBlock], z[kBlock];  // r_ij, Å; then of length 1
+  double weight[kBlock];                   // by elements; then by length as well
+  double term[kBlock];
+  std::int32_t target[kBlock];  // j, numbered through the crystal
 };
 
-// All right-handed bases of vectors as long as the rows of a Minkowski-reduced basis.
-Candidates shortest_bases(const PrimitiveLattice& lattice, const Mat3& cell, const bool* pbc) {
-  Candidates found;
-  std::array<std::vector<int>, 3> slot;  // vectors that can stand in each row
-  double length[3] = {};
-  for (int a = 0; a < lattice.periodic; ++a) length[a] = norm(lattice.basis.row[a]);
+MGT_WIDE_VECTORS void look_at_all(std::int64_t count, EdgeBlock& edges) {
+  for (std::int64_t e = 0; e < count; ++e) {
+    const EdgeLook edge = look_at({edges.x[e], edges.y[e], edges.z[e]});
+    edges.x[e] = edge.unit.x;
+    edges.y[e] = edge.unit.y;
+    edges.z[e] = edge.unit.z;
+    edges.weight[e] *= edge.weight;
+  }
+}
 
-  // Vectors of a reduced basis's lengths have coefficients of -1, 0, 1; one more allows for the tolerance.
-  const int most[3] = {lattice.periodic > 0 ? 2 : 0, lattice.periodic > 1 ? 2 : 0,
-                       lattice.periodic > 2 ? 2 : 0};
-  for (int x = -most[0]; x <= most[0]; ++x) {
-    for (int y = -most[1]; y <= most[1]; ++y) {
-      for (int z = -most[2]; z <= most[2]; ++z) {
-        const Vec3 vector = combine(Vec3{double(x), double(y), double(z)}, lattice.basis);
-        const auto index = static_cast<int>(found.vectors.size());
-        bool fits = false;
-        for (int a = 0; a < lattice.periodic; ++a) {
-          if (std::fabs(norm(vector) - length[a]) > kTie * length[0]) continue;
-          slot[a].push_back(index);
-          fits = true;
-        }
-        if (fits) found.vectors.push_back(vector);
+// The m-th profile of the cosines between edges and a vector of length 1.
+MGT_WIDE_VECTORS void profile_all(std::int64_t count, const EdgeBlock& edges, Vec3 unit, int m, double* out) {
+  for (std::int64_t e = 0; e < count; ++e) {
+    out[e] = profile(m, dot(Vec3{edges.x[e], edges.y[e], edges.z[e]}, unit));
+  }
+}
+
+MGT_WIDE_VECTORS void multiply_all(std::int64_t count, const double* a, const double* b, const double* c,
+                                   const double* d, double* out) {
+  for (std::int64_t e = 0; e < count; ++e) out[e] = a[e] * b[e] * c[e] * d[e];
+}
+
+// The signatures of one crystal's bases.
+class Signatures {
+ public:
+  Signatures(const Motif& motif, std::int64_t first_atom, std::int64_t num_atoms, const LatticeBases& bases)
+      : numbers_(motif.numbers + first_atom),
+        target_(motif.target),
+        edge_vec_(motif.edge_vec),
+        row_ptr_(motif.row_ptr + first_atom),
+        first_atom_(first_atom),
+        num_atoms_(num_atoms),
+        bases_(bases),
+        block_size_(std::min(row_ptr_[num_atoms] - row_ptr_[0], kBlock)),
+        edges_(new EdgeBlock) {
+    int num_profiles = 0;
+    for (int m = 0; m < 3; ++m) {
+      std::fill_n(profile_of_[m], kVectors, -1);
+      for (int n = 0; n < bases.count; ++n) {
+        int& index = profile_of_[m][bases.basis[n].row[m]];
+        if (index < 0) index = num_profiles++;
       }
     }
+    profiles_.reset(new double[num_profiles * block_size_]);
   }
-  for (int a = 0, row = lattice.periodic; a < 3; ++a) {
-    if (pbc[a]) continue;
-    slot[row++].push_back(static_cast<int>(found.vectors.size()));
-    found.vectors.push_back(cell.row[a]);
-  }
-  // Three vectors of the lattice form a basis if they span its volume, and not two or more times as much.
-  Mat3 reference = lattice.basis;
-  for (int a = lattice.periodic; a < 3; ++a) reference.row[a] = found.vectors[slot[a][0]];
-  const double volume = std::fabs(determinant(reference));
-  for (const int i : slot[0]) {
-    for (const int j : slot[1]) {
-      for (const int k : slot[2]) {
-        const double spanned = determinant({{found.vectors[i], found.vectors[j], found.vectors[k]}});
-        // Without periodicity the cell is the frame, whichever hand it has.
-        const bool is_basis = std::fabs(spanned) > 0.5 * volume && std::fabs(spanned) < 1.5 * volume;
-        if (is_basis && (spanned > 0 || lattice.periodic == 0)) found.bases.push_back({i, j, k});
-      }
-    }
-  }
-  return found;
-}
 
-// Keep the bases whose rank is the greatest, within the tolerance.
-template <class Rank>
-void keep_greatest(std::vector<Basis>& bases, double tolerance, const Rank& rank) {
-  std::vector<double> ranks;
-  for (const Basis& basis : bases) ranks.push_back(rank(basis));
-  const double least = *std::max_element(ranks.begin(), ranks.end()) - tolerance;
-  std::size_t kept = 0;
-  for (std::size_t n = 0; n < bases.size(); ++n) {
-    if (ranks[n] >= least) bases[kept++] = bases[n];
-  }
-  bases.resize(kept);
-}
-
-// Keep the bases with the preferred angles. Bases that remain have equal lengths and angles, so the lattice
-// has the rotations that take one into another.
-void keep_preferred_angles(Candidates& found) {
-  const auto cosine = [&](int i, int j) {
-    const Vec3 u = found.vectors[i], v = found.vectors[j];
-    return dot(u, v) / (norm(u) * norm(v));
-  };
-  keep_greatest(found.bases, kTie, [&](const Basis& l) {  // to L1, 90 degrees at most
-    return std::min(0.0, cosine(l[0], l[1])) + std::min(0.0, cosine(l[0], l[2]));
-  });
-  keep_greatest(found.bases, kTie, [&](const Basis& l) {  // the most acute
-    return cosine(l[0], l[1]) + cosine(l[0], l[2]) + cosine(l[1], l[2]);
-  });
-  keep_greatest(found.bases, kTie, [&](const Basis& l) { return cosine(l[0], l[1]); });
-  keep_greatest(found.bases, kTie, [&](const Basis& l) { return cosine(l[0], l[2]); });
-}
-
-// Weights by element, without pattern and different for the two ends of an edge.
-double start_weight(std::int64_t number) {
-  return 0.5 + std::fmod(0.6180339887 * static_cast<double>(number), 1.0);
-}
-double end_weight(std::int64_t number) {
-  return 0.5 + std::fmod(0.7548776662 * static_cast<double>(number), 1.0);
-}
-
-// A generic polynomial of the cosine to each L_m. Their product over m has no symmetry of its own.
-double profile(int m, double c) {
-  constexpr double kCoefficients[3][5] = {
-      {1.0, 0.83, 0.47, 0.31, 0.19}, {1.0, -0.59, 0.71, -0.23, 0.37}, {1.0, 0.37, -0.53, 0.67, 0.29}};
-  const double* k = kCoefficients[m];
-  return k[0] + c * (k[1] + c * (k[2] + c * (k[3] + c * k[4])));
-}
-
-// How the crystal's edges look from each basis, as one number a basis: two rounds of messages between
-// atoms, each weighted by the elements, the length of the edge and its angles to the basis, then the mean
-// square over atoms. Equal for two bases if a symmetry of the crystal takes one into the other; messages, not
-// a sum over edges alone, so that it matters which edges meet at an atom.
-std::vector<double> signatures(const Crystals& crystals, std::int64_t b, const Motif& motif,
-                               const Candidates& found) {
-  constexpr double kDecay = 3.0;  // Å
-  const std::int64_t first = crystals.first_atom(b), n_atoms = crystals.num_atoms(b);
-  const std::size_t n_vectors = found.vectors.size(), n_bases = found.bases.size();
-  std::vector<Vec3> unit;
-  for (const Vec3& vector : found.vectors) unit.push_back((1.0 / norm(vector)) * vector);
-  std::vector<double> profiles(3 * n_vectors), message(n_atoms * n_bases, 1.0), received(n_atoms * n_bases);
-  for (int round = 0; round < 2; ++round) {
-    std::fill(received.begin(), received.end(), 0.0);
-    for (std::int64_t i = 0; i < n_atoms; ++i) {
-      const double start = start_weight(motif.numbers[first + i]);
-      double* sum = &received[i * n_bases];
-      for (std::int64_t e = motif.row_ptr[first + i]; e < motif.row_ptr[first + i + 1]; ++e) {
-        const Vec3 edge = {motif.edge_vec[3 * e], motif.edge_vec[3 * e + 1], motif.edge_vec[3 * e + 2]};
-        const double length = norm(edge);
-        const double weight = start * end_weight(motif.numbers[motif.target[e]]) * std::exp(-length / kDecay);
-        for (std::size_t v = 0; v < n_vectors; ++v) {
-          const double c = dot(edge, unit[v]) / length;
-          for (int m = 0; m < 3; ++m) profiles[m * n_vectors + v] = profile(m, c);
-        }
-        const double* sent = &message[(motif.target[e] - first) * n_bases];
-        for (std::size_t n = 0; n < n_bases; ++n) {
-          const Basis& basis = found.bases[n];
-          sum[n] += weight * sent[n] * profiles[basis[0]] * profiles[n_vectors + basis[1]] *
-                    profiles[2 * n_vectors + basis[2]];
+  std::vector<double> compute() {
+    const std::int64_t first_edge = row_ptr_[0], last_edge = row_ptr_[num_atoms_];
+    std::vector<double> once(num_atoms_ * bases_.count), twice(num_atoms_ * bases_.count);
+    for (int round = 0; round < 2; ++round) {
+      std::int64_t atom = 0;
+      for (std::int64_t begin = first_edge; begin < last_edge; begin += kBlock) {
+        const std::int64_t end = std::min(begin + kBlock, last_edge);
+        while (row_ptr_[atom + 1] <= begin) ++atom;
+        if (round == 0 || last_edge - first_edge > kBlock) load(atom, begin, end);
+        for (int n = 0; n < bases_.count; ++n) {
+          multiply_all(end - begin, edges_->weight, profile_of(n, 0), profile_of(n, 1), profile_of(n, 2),
+                       edges_->term);
+          const double* term = edges_->term;
+          double* received = &once[n * num_atoms_];
+          if (round == 0) {
+            add(atom, begin, end, received, [&](std::int64_t e) { return term[e]; });
+          } else {
+            const double* sent = received;
+            add(atom, begin, end, &twice[n * num_atoms_],
+                [&](std::int64_t e) { return term[e] * sent[edges_->target[e]]; });
+          }
         }
       }
     }
-    message.swap(received);
+    std::vector<double> signature(bases_.count, 0.0);
+    for (int n = 0; n < bases_.count; ++n) {
+      const double* message = &twice[n * num_atoms_];
+      for (std::int64_t i = 0; i < num_atoms_; ++i) signature[n] += message[i] * message[i];
+    }
+    return signature;
   }
-  std::vector<double> signature(n_bases, 0.0);
-  for (std::int64_t i = 0; i < n_atoms; ++i) {
-    for (std::size_t n = 0; n < n_bases; ++n) {
-      signature[n] += message[i * n_bases + n] * message[i * n_bases + n] / static_cast<double>(n_atoms);
+
+ private:
+  const double* profile_of(int n, int m) const {
+    return profiles_.get() + profile_of_[m][bases_.basis[n].row[m]] * block_size_;
+  }
+
+  // Edges begin to end, the first of them an edge of `atom`.
+  void load(std::int64_t atom, std::int64_t begin, std::int64_t end) {
+    const std::int64_t count = end - begin;
+    for (; atom < num_atoms_ && row_ptr_[atom] < end; ++atom) {
+      const double start = start_weight(numbers_[atom]);
+      const std::int64_t stop = std::min(row_ptr_[atom + 1], end);
+      for (std::int64_t e = std::max(row_ptr_[atom], begin); e < stop; ++e) {
+        const auto target = static_cast<std::int32_t>(target_[e] - first_atom_);
+        edges_->x[e - begin] = edge_vec_[3 * e];
+        edges_->y[e - begin] = edge_vec_[3 * e + 1];
+        edges_->z[e - begin] = edge_vec_[3 * e + 2];
+        edges_->weight[e - begin] = start * end_weight(numbers_[target]);
+        edges_->target[e - begin] = target;
+      }
+    }
+    look_at_all(count, *edges_);
+    for (int m = 0; m < 3; ++m) {
+      for (int v = 0; v < bases_.num_vectors; ++v) {
+        const int index = profile_of_[m][v];
+        if (index >= 0) {
+          profile_all(count, *edges_, bases_.unit[v], m, profiles_.get() + index * block_size_);
+        }
+      }
     }
   }
-  return signature;
-}
+
+  // Add the terms of edges begin to end to what their atoms received, edge by edge.
+  template <class Term>
+  void add(std::int64_t atom, std::int64_t begin, std::int64_t end, double* received,
+           const Term& term) const {
+    for (; atom < num_atoms_ && row_ptr_[atom] < end; ++atom) {
+      const std::int64_t stop = std::min(row_ptr_[atom + 1], end);
+      double sum = received[atom];
+      for (std::int64_t e = std::max(row_ptr_[atom], begin); e < stop; ++e) sum += term(e - begin);
+      received[atom] = sum;
+    }
+  }
+
+  const std::int64_t* numbers_;
+  const std::int64_t* target_;
+  const double* edge_vec_;
+  const std::int64_t* row_ptr_;
+  const std::int64_t first_atom_, num_atoms_;
+  const LatticeBases& bases_;
+  const std::int64_t block_size_;
+  std::unique_ptr<EdgeBlock> edges_;
+  int profile_of_[3][kVectors];
+  std::unique_ptr<double[]> profiles_;
+};
 
 Mat3 lattice_frame(const Crystals& crystals, std::int64_t b, const Motif& motif) {
-  const PrimitiveLattice lattice = primitive_lattice(crystals, b, motif.numbers);
-  Candidates found = shortest_bases(lattice, crystals.lattice(b), crystals.pbc + 3 * b);
-  keep_preferred_angles(found);
-  std::size_t best = 0;
-  if (found.bases.size() > 1) {
-    const std::vector<double> signature = signatures(crystals, b, motif, found);
-    const double greatest = *std::max_element(signature.begin(), signature.end());
-    while (signature[best] < (1.0 - kSignatureTie) * greatest) ++best;
+  const OneThread group;
+  const std::int64_t first = crystals.first_atom(b), num_atoms = crystals.num_atoms(b);
+  const bool* pbc = crystals.pbc + 3 * b;
+  const CrystalView crystal = {num_atoms, motif.numbers + first, crystals.frac_coords + 3 * first,
+                               crystals.lattice(b), pbc};
+  std::vector<Vec3> coordinates(num_atoms);
+  std::vector<std::int32_t> bins(2 * num_atoms);
+  PrimitiveLattice lattice;
+  primitive_lattice(group, crystal, reduce_cell(crystals, b),
+                    {coordinates.data(), bins.data(), bins.data() + num_atoms}, lattice);
+  LatticeBases bases;
+  preferred_bases(group, lattice, crystal.cell, pbc, bases);
+  int best = 0;
+  if (bases.count > 1) {
+    const std::vector<double> signature = Signatures(motif, first, num_atoms, bases).compute();
+    best = greatest_signature(signature.data(), bases.count);
   }
-  const Basis& basis = found.bases[best];
-  return {{found.vectors[basis[0]], found.vectors[basis[1]], found.vectors[basis[2]]}};
+  const Basis& basis = bases.basis[best];
+  return {{bases.vector[basis.row[0]], bases.vector[basis.row[1]], bases.vector[basis.row[2]]}};
 }
 
 }  // namespace

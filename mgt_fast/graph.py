@@ -8,7 +8,7 @@ from numbers import Integral
 
 import torch
 
-from . import _C, neighbors_cuda
+from . import _C, frames_cuda, neighbors_cuda
 from .structures import CrystalBatch
 
 SHELL_TOLERANCE = 1e-4
@@ -221,6 +221,7 @@ def build_graph(
     compat: str | None = None,
     *,
     threads: int | None = None,
+    max_edges: int | None = None,
 ) -> CrystalGraph:
     """Build the graphs MGT works on: whole shells of nearest neighbours, and the lattice frame.
 
@@ -231,19 +232,24 @@ def build_graph(
     lengths and cosines, 0.01 Å on translations) draw lines: a crystal right on one may get another frame, or
     another shell, from a description that differs by rounding.
 
+    Crystals on a CUDA device are worked on there, as by `neighbor_list`; the graph is bit for bit the same.
+
     Args:
-        crystals: B crystals on the CPU.
+        crystals: B crystals; on the CPU for `compat`.
         max_neighbors: k; see `neighbor_list`.
         compat: "comformer" builds edges and frame as ComFormer's published builder does, for checkpoints
             trained on its graphs: shells cut where rounding cuts them, pairs closer than 0.15 Å ignored,
             edges between images of one atom twice, frame from the given cell.
         threads: threads over the crystals, at most one a core; torch's number when absent. The result does
             not depend on it.
+        max_edges: on a CUDA device: room for so many edges, so that the host need not wait for their number;
+            see `neighbor_list`. If they do not fit, or a crystal is at fault, `CrystalGraph.status.check()`
+            raises.
 
     Raises:
         TypeError: as `neighbor_list`.
         ValueError: as `neighbor_list`; for an unknown `compat`; with "comformer", for a crystal that is not
-            periodic in three directions.
+            periodic in three directions, and for `max_edges`.
 
     Source: arXiv 2403.11857 (ComFormer) and its published program, for `compat="comformer"`.
     """
@@ -251,29 +257,34 @@ def build_graph(
         raise ValueError(f"compat = {compat!r}; choose None or 'comformer'")
     if compat == "comformer":
         _check_count("max_neighbors", max_neighbors)
+        if max_edges is not None:
+            raise ValueError("max_edges is for graphs built on a CUDA device, those of 'comformer' are not")
         built = _C.comformer_graph(_arrays(crystals), max_neighbors=max_neighbors, threads=_threads(threads))
-        frame = built.pop("frame")
+        frame = torch.from_numpy(built.pop("frame"))
         neighbors = NeighborList(**{name: torch.from_numpy(array) for name, array in built.items()})
     else:
-        neighbors = neighbor_list(crystals, max_neighbors=max_neighbors, threads=threads)
-        frame = _C.lattice_frames(
-            _arrays(crystals),
-            crystals.numbers.contiguous().numpy(),
-            neighbors.edge_index.numpy(),
-            neighbors.edge_vec.numpy(),
-            neighbors.row_ptr.numpy(),
-            threads=_threads(threads),
-        )
+        neighbors = neighbor_list(crystals, max_neighbors=max_neighbors, threads=threads, max_edges=max_edges)
+        frame = _lattice_frames(crystals, neighbors, threads)
     return CrystalGraph(
         numbers=crystals.numbers,
         edge_index=neighbors.edge_index,
         edge_vec=neighbors.edge_vec,
         cell_shift=neighbors.cell_shift,
-        frame=torch.from_numpy(frame),
+        frame=frame,
         batch_ptr=crystals.batch_ptr,
         row_ptr=neighbors.row_ptr,
         ids=crystals.ids,
+        status=neighbors.status,
     )
+
+
+def _lattice_frames(crystals: CrystalBatch, neighbors: NeighborList, threads: int | None) -> torch.Tensor:
+    edges = neighbors.edge_index, neighbors.edge_vec, neighbors.row_ptr
+    if crystals.numbers.is_cuda:
+        first_fault = None if neighbors.status is None else neighbors.status.device_values[1:]
+        return frames_cuda.lattice_frames(crystals, *edges, first_fault)
+    numbers, *edges = (tensor.numpy() for tensor in (crystals.numbers.contiguous(), *edges))
+    return torch.from_numpy(_C.lattice_frames(_arrays(crystals), numbers, *edges, threads=_threads(threads)))
 
 
 def _check_count(name: str, value: int) -> None:
