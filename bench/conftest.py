@@ -1,41 +1,77 @@
-"""What every benchmark shares: real crystals, and what the machine is."""
+"""Options and hooks of the benchmarks.
+
+`--smoke` takes tiny sizes, to see that everything runs; `--seconds` starts no benchmark after so many. A
+benchmark without a figure (out of memory, out of time, failed) is listed under "unmeasured" in the results,
+with the reason.
+"""
 
 from __future__ import annotations
 
-import platform
+import math
+import os
+import time
 
-import numpy as np
 import pytest
 import torch
+from machine import device_name, measure_ceilings, release_memory, versions
 
-from mgt_fast import build_graph
-from mgt_fast.data import CrystalDataset
-
-
-def device_name() -> str:
-    """Name the processor that computes."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    with open("/proc/cpuinfo") as lines:
-        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), None)
-    return f"{model or platform.processor()}, {torch.get_num_threads()} threads"
+STARTED = pytest.StashKey[float]()
+UNMEASURED = pytest.StashKey[list]()
+CEILINGS = pytest.StashKey[dict]()
 
 
-def pytest_benchmark_update_machine_info(machine_info):
-    machine_info["device"] = device_name()
-    machine_info["torch"] = torch.__version__
+def pytest_addoption(parser):
+    parser.addoption("--smoke", action="store_true", help="tiny sizes, to see that everything runs")
+    parser.addoption("--seconds", type=float, default=math.inf, help="start nothing after so many seconds")
 
 
-def real_graph(num_edges: int, dtype: torch.dtype = torch.float32):
-    """Graph of bundled crystals in a fixed random order, at least `num_edges` edges."""
-    dataset = CrystalDataset.open(None)
-    order = np.random.default_rng(0).permutation(len(dataset))
-    count = max(1, num_edges // 400)
-    while (graph := build_graph(dataset.gather(order[:count]))).num_edges < num_edges:
-        count = max(count + 1, int(count * 1.05 * num_edges / graph.num_edges))
-    return graph.to(dtype=dtype)
+def pytest_configure(config):
+    config.stash[STARTED] = time.monotonic()
+    config.stash[UNMEASURED] = []
+    config.stash[CEILINGS] = {}
+    if config.getoption("smoke") and not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # before Triton's import
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """Run a benchmark if there is time for it, and skip it if there is not the memory."""
+    if time.monotonic() - pyfuncitem.config.stash[STARTED] > pyfuncitem.config.getoption("seconds"):
+        pytest.skip("out of time")
+    release_memory()
+    try:
+        return (yield)
+    except torch.OutOfMemoryError:
+        pass  # skipping here would keep the error's frames alive, and all they hold
+    release_memory()
+    pytest.skip("out of memory")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if call.excinfo is not None:
+        reason = str(call.excinfo.value).partition("\n")[0] or call.excinfo.typename
+        item.config.stash[UNMEASURED].append({"name": item.nodeid.rpartition("/")[2], "reason": reason[:300]})
+    return report
+
+
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    output_json["machine_info"] |= {
+        "device": device_name(),
+        "versions": versions(),
+        "ceilings": config.stash[CEILINGS],
+        "smoke": config.getoption("smoke"),
+    }
+    output_json["unmeasured"] = config.stash[UNMEASURED]
 
 
 @pytest.fixture(scope="session")
-def graph():
-    return real_graph(10_000)
+def ceilings(request) -> dict[str, float]:
+    """What this machine reaches at best; see `machine.measure_ceilings`."""
+    found = request.config.stash[CEILINGS]
+    if not found:
+        small = request.config.getoption("smoke")
+        size = 256 if small else 8192 if torch.cuda.is_available() else 2048
+        found |= measure_ceilings(size, num_bytes=2**20 if small else 2**30)
+    return found

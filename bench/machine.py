@@ -1,0 +1,105 @@
+"""The machine that the benchmarks run on: its clock, its versions, and what it reaches at best."""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+PACKAGES = ("torch", "triton", "numpy", "e3nn", "cuequivariance-torch")
+
+
+def device() -> torch.device:
+    """Where the benchmarks run: the GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_name() -> str:
+    """Name the processor that computes."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    with open("/proc/cpuinfo") as lines:
+        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), None)
+    return f"{model or platform.processor()}, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that a time depends on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if torch.cuda.is_available():
+        found["cuda"] = torch.version.cuda
+        if smi := shutil.which("nvidia-smi"):
+            query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
+            found["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.partition("\n")[0]
+    return found
+
+
+def release_memory() -> None:
+    """Give back what nothing refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def clock() -> float:
+    """Seconds, read once the device has done all it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def median_time(run, rounds: int = 10, warmup: int = 3) -> float:
+    """Median seconds of `run()`."""
+    for _ in range(warmup):
+        run()
+    times = []
+    for _ in range(rounds):
+        start = clock()
+        run()
+        times.append(clock() - start)
+    return float(np.median(times))
+
+
+@contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    """Multiply float32 matrices in TF32 inside the block if `precision` is "tf32", else in float32."""
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def measure_ceilings(size: int, num_bytes: int) -> dict[str, float]:
+    """Measure the two roofs, on random data (on zeros a GPU runs faster).
+
+    Args:
+        size: of the square matrices to be multiplied.
+        num_bytes: size of the array to be copied.
+
+    Returns:
+        "copy": bytes read and written a second; "float32", "bf16" and, on a GPU, "tf32": FLOP a second of a
+        matrix product.
+    """
+    source = torch.randn(num_bytes // 4, device=device())
+    target = torch.empty_like(source)
+    found = {"copy": 2 * source.nbytes / median_time(lambda: target.copy_(source))}
+    left, right = torch.randn(2, size, size, device=device())
+    for precision in ("float32", "bf16", "tf32") if torch.cuda.is_available() else ("float32", "bf16"):
+        a, b = (left.bfloat16(), right.bfloat16()) if precision == "bf16" else (left, right)
+        with matmul_precision(precision):
+            found[precision] = 2 * size**3 / median_time(lambda a=a, b=b: a @ b)
+    return found
