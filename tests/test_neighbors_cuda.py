@@ -245,8 +245,9 @@ def test_without_cupy_the_extra_is_named():
         CudaModule("neighbor_list").launch("count_edges", 1, 128, torch.zeros(1))
 
 
-def test_the_source_travels_along_for_nvrtc():
-    module = CudaModule("neighbor_list")
+@pytest.mark.parametrize("name", ["lattice_frame", "neighbor_list"])
+def test_the_source_travels_along_for_nvrtc(name):
+    module = CudaModule(name)
     folder = Path(_C.__file__).with_name("csrc")
     assert "--fmad=false" in module.nvrtc_options
     waiting, seen = [module.source], set()
@@ -258,20 +259,31 @@ def test_the_source_travels_along_for_nvrtc():
     assert {"geometry.hpp", "neighbor_device.hpp"} <= seen
 
 
-FATBIN = Path(_C.__file__).with_name("neighbor_list.fatbin")
+def built(name):
+    return Path(_C.__file__).with_name(f"{name}.fatbin")
 
 
-@pytest.mark.skipif(not FATBIN.exists(), reason="nvcc was not there when the package was built")
-def test_kernels_keep_everything_in_registers():
+@pytest.mark.skipif(
+    not built("neighbor_list").exists(), reason="nvcc was not there when the package was built"
+)
+@pytest.mark.parametrize(
+    ("name", "kernels", "most_registers", "most_stack"),
+    [
+        ("neighbor_list", {"find_shells", "count_edges", "fill_edges"}, 80, 0),  # 24 warps a multiprocessor
+        ("lattice_frame", {"choose_frames"}, 128, 80),  # 4 blocks; on the stack are only arrays with an index
+    ],
+)
+def test_kernels_keep_everything_in_registers(name, kernels, most_registers, most_stack):
     triton = pytest.importorskip("triton")
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     report = subprocess.run(
-        [tool, "--dump-resource-usage", FATBIN], capture_output=True, text=True, check=True
+        [tool, "--dump-resource-usage", built(name)], capture_output=True, text=True, check=True
     ).stdout
     usage = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", report)
     assert {"sm_80", "sm_90"} <= set(re.findall(r"arch = (sm_\d+)", report))
-    hot = [row for row in usage if row[0] in ("find_shells", "count_edges", "fill_edges")]
-    assert len(hot) == 6
-    for name, registers, stack, _, local in hot:
-        assert (stack, local) == ("0", "0"), name
-        assert int(registers) <= 80, name  # 24 warps a multiprocessor
+    hot = [row for row in usage if row[0] in kernels]
+    assert len(hot) == 2 * len(kernels)
+    for kernel, registers, stack, _, local in hot:
+        assert local == "0", kernel
+        assert int(stack) <= most_stack, kernel
+        assert int(registers) <= most_registers, kernel
