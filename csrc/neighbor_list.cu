@@ -99,6 +99,30 @@ __device__ inline double select(const double* pool, int count, int k) {
   }
 }
 
+// Call visit(hit, slot, image, r), by all lanes at once, for the edges of the atom in a slot: |r|^2 within
+// the limit of either end.
+template <class Visit>
+__device__ __forceinline__ void for_each_edge(const SearchCell& crystal, std::int64_t own, bool half,
+                                              const int* bin_start, const int* slot_atom,
+                                              const Vec3* slot_position, const double* slot_limit,
+                                              long long* first_fault, int b, const Visit& visit) {
+  const double longest = __longlong_as_double(static_cast<long long>(crystal.limit_bits));
+  const double own_limit = slot_limit[own];
+  const int own_atom = slot_atom[own];
+  for_each_candidate(crystal, bin_start, slot_position, slot_position[own], std::sqrt(longest),
+                     [&](bool live, int slot, Int3 image, Vec3 r, double d2) {
+                       bool hit = live && d2 <= longest && !(slot == own && d2 == 0);
+                       hit = hit && (d2 <= own_limit || d2 <= slot_limit[slot]);
+                       if (hit && d2 < kMinDistance * kMinDistance)
+                         atomicMin(first_fault, static_cast<long long>(b));
+                       if (half && hit) {
+                         hit = slot == own ? Int3{0, 0, 0} < combine(image, crystal.cell.to_given)
+                                           : own_atom < slot_atom[slot];
+                       }
+                       visit(hit, slot, image, r);
+                     });
+}
+
 }  // namespace
 }  // namespace mgt
 
@@ -280,36 +304,6 @@ extern "C" __global__ void __launch_bounds__(mgt::kThreads)
   margin = warp_reduce(margin, [](double p, double q) { return std::fmin(p, q); });
   if (lane_index() == 0) shell_margin[slot_atom[slot]] = margin;
 }
-
-namespace mgt {
-namespace {
-
-// Call visit(hit, slot, image, r), by all lanes at once, for the edges of the atom in a slot: |r|^2 within
-// the limit of either end.
-template <class Visit>
-__device__ __forceinline__ void for_each_edge(const SearchCell& crystal, std::int64_t own, bool half,
-                                              const int* bin_start, const int* slot_atom,
-                                              const Vec3* slot_position, const double* slot_limit,
-                                              long long* first_fault, int b, const Visit& visit) {
-  const double longest = __longlong_as_double(static_cast<long long>(crystal.limit_bits));
-  const double own_limit = slot_limit[own];
-  const int own_atom = slot_atom[own];
-  for_each_candidate(crystal, bin_start, slot_position, slot_position[own], std::sqrt(longest),
-                     [&](bool live, int slot, Int3 image, Vec3 r, double d2) {
-                       bool hit = live && d2 <= longest && !(slot == own && d2 == 0);
-                       hit = hit && (d2 <= own_limit || d2 <= slot_limit[slot]);
-                       if (hit && d2 < kMinDistance * kMinDistance)
-                         atomicMin(first_fault, static_cast<long long>(b));
-                       if (half && hit) {
-                         hit = slot == own ? Int3{0, 0, 0} < combine(image, crystal.cell.to_given)
-                                           : own_atom < slot_atom[slot];
-                       }
-                       visit(hit, slot, image, r);
-                     });
-}
-
-}  // namespace
-}  // namespace mgt
 
 // Grid: one warp an atom, by slots. Writes row_length (by atom).
 extern "C" __global__ void __launch_bounds__(mgt::kThreads)
