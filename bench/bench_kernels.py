@@ -1,0 +1,282 @@
+"""Each operation alone, forward and backward: time, rate, bandwidth, and share of the nearer roof.
+
+The arguments are those of the largest call in a forward pass of the model on bundled crystals. Answers are
+compared with plain PyTorch in float64 on a smaller batch before anything is timed. `costs` counts operations
+and bytes; the roofs are measured in the same run. Backward passes are repeated on one kept forward pass.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from unittest import mock
+
+import costs
+import pytest
+import torch
+import torch.nn.functional as F
+from graphs import real_graph
+from machine import clock, device, matmul_precision
+from rivals import Rival
+from torch import nn
+
+from mgt_fast import MGT, MGTConfig, layers
+from mgt_fast.kernels import node_attention
+from mgt_fast.kernels.launch import INTERPRETED
+from mgt_fast.losses import draw_noise
+
+# Where the model looks each operation up.
+OPERATIONS = {
+    "edge_attention": layers,
+    "node_attention": layers,
+    "tensor_product_1": layers,
+    "tensor_product_2": layers,
+    "residual_norm": layers,
+    "rbf_embedding": layers,
+    "segment_sum": node_attention,
+}
+RIVALS = (
+    Rival("triton", "bf16"),
+    Rival("triton", "tf32"),
+    Rival("triton"),
+    Rival("torch"),
+    Rival("torch", "tf32"),
+    Rival("torch", "bf16"),
+)
+EQUIVARIANT_RIVALS = tuple(
+    Rival(m, p) for m in ("e3nn", "cuequivariance") for p in ("float32", "tf32", "bf16")
+)
+TOLERANCES = {"float32": 1e-3, "tf32": 1e-2, "bf16": 1e-1}
+VANISHING = 1e-3  # a tensor so much smaller than the largest is compared with that share of it
+
+
+@dataclass(frozen=True)
+class Case:
+    """One benchmark."""
+
+    operation: str
+    direction: str
+    rival: Rival
+    channels: int
+    edges: int
+    check_edges: int
+
+    def __str__(self):
+        return f"{self.operation}-{self.direction}-C{self.channels}-{self.edges}_edges-{self.rival}"
+
+
+def cases(smoke: bool) -> list[Case]:
+    """What is run here, in order of value."""
+    if smoke:
+        batches = [(16, 20, 20)]
+    elif torch.cuda.is_available():
+        batches = [(256, 100_000, 1500), (128, 100_000, 1500), (512, 100_000, 1500)]
+    else:
+        batches = [(256, 10_000, 1500)]
+    return [
+        Case(operation, direction, rival, *batch)
+        for batch in batches
+        for operation in OPERATIONS
+        for rival in RIVALS + EQUIVARIANT_RIVALS * operation.startswith("tensor_product")
+        for direction in ("forward", "backward")
+        if smoke or torch.cuda.is_available() or (rival.model != "triton" and rival.precision == "float32")
+    ]
+
+
+def pytest_generate_tests(metafunc):
+    metafunc.parametrize("case", cases(metafunc.config.getoption("smoke")), ids=str)
+
+
+@lru_cache(maxsize=2)
+def recorded_calls(channels: int, num_edges: int) -> dict[str, tuple]:
+    """Arguments of each operation's largest call in a forward pass, and of the model's sizes."""
+    torch.manual_seed(0)
+    model = MGT(MGTConfig(task="pretrain", channels=channels, dropout=0.0), backend="torch").to(device())
+    graph = real_graph(num_edges)
+    calls: dict[str, tuple] = {}
+
+    def keep(name: str, function: Callable, *args, **kwargs):
+        if name not in calls or numbers(args) > numbers(calls[name]):
+            calls[name] = args
+        return function(*args, **kwargs)
+
+    patches = [
+        mock.patch.object(module, name, partial(keep, name, getattr(module, name)))
+        for name, module in OPERATIONS.items()
+    ]
+    for patch in patches:
+        patch.start()
+    model(graph, draw_noise(graph, 0.05))
+    for patch in patches:
+        patch.stop()
+    return calls
+
+
+def numbers(args: tuple) -> int:
+    """How many numbers the tensors among the arguments hold."""
+    return sum(x.numel() for x in args if isinstance(x, torch.Tensor))
+
+
+def fresh(x, dtype: torch.dtype):
+    """Copy an argument; features and weights, not geometry nor biases, get another type."""
+    if isinstance(x, tuple):
+        return tuple(fresh(part, dtype) for part in x)
+    if isinstance(x, nn.Module):
+        return copy.deepcopy(x).to(torch.promote_types(dtype, torch.float32))
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+        return x
+    wide = torch.promote_types(dtype, torch.float32)
+    return x.detach().to(dtype if x.requires_grad and x.ndim > 1 else wide).requires_grad_(x.requires_grad)
+
+
+def leaves(x) -> list[torch.Tensor]:
+    """Tensors in an argument or a result that have a gradient."""
+    if isinstance(x, tuple | list):
+        return [leaf for part in x for leaf in leaves(part)]
+    if isinstance(x, nn.Module):
+        return list(x.parameters())
+    return [x] if isinstance(x, torch.Tensor) and x.requires_grad else []
+
+
+class Call:
+    """An operation on its recorded arguments, as a rival computes it."""
+
+    def __init__(self, case: Case, rival: Rival, num_edges: int, dtype: torch.dtype = torch.float32):
+        if rival.precision == "bf16" and dtype == torch.float32:
+            dtype = torch.bfloat16
+        self.rival = rival
+        self.args = fresh(recorded_calls(case.channels, num_edges)[case.operation], dtype)
+        if rival.model in ("torch", "triton"):
+            self.function = partial(getattr(OPERATIONS[case.operation], case.operation), backend=rival.model)
+        else:
+            self.function = equivariant_product(rival.model, case.operation, self.args[5])
+
+    def forward(self) -> list[torch.Tensor]:
+        """Compute the outputs."""
+        with torch.autocast(device().type, torch.bfloat16, enabled=self.rival.precision == "bf16"):
+            return leaves(self.function(*self.args))
+
+    def backward(self) -> Callable[[], tuple[torch.Tensor, ...]]:
+        """Return a function that computes every gradient, for a fixed gradient of the outputs."""
+        outputs, inputs = self.forward(), leaves(self.args)
+        generator = torch.Generator(device=device()).manual_seed(0)
+        grads = [
+            torch.randn(x.shape, generator=generator, device=device(), dtype=torch.float32).to(x.dtype)
+            for x in outputs
+        ]
+        return lambda: torch.autograd.grad(outputs, inputs, grads, retain_graph=True)
+
+
+def error(given: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
+    """Largest relative error of a tensor: norm of the difference over norm."""
+    largest = max(x.norm() for x in exact)
+    return max(
+        float((x.double() - y).norm() / max(y.norm(), VANISHING * largest))
+        for x, y in zip(given, exact, strict=True)
+    )
+
+
+def check(case: Case) -> float:
+    """Compare outputs and gradients with float64 and return the larger error."""
+    exact = Call(case, Rival("torch"), case.check_edges, torch.float64)
+    with matmul_precision(case.rival.precision):
+        call = Call(case, case.rival, case.check_edges)
+        found = max(error(call.forward(), exact.forward()), error(call.backward()(), exact.backward()()))
+    tolerance = TOLERANCES[case.rival.precision]
+    assert found <= tolerance, f"{case.rival}: {case.operation} is off by {found:.1e}, over {tolerance:.0e}"
+    return found
+
+
+@pytest.mark.benchmark(timer=clock)
+def bench_kernel(benchmark, case, ceilings):
+    if INTERPRETED and case.rival == Rival("triton", "bf16"):
+        pytest.skip("Triton's interpreter gets bfloat16 wrong")
+    benchmark.group = f"{case.operation} {case.direction}, C = {case.channels}, {case.edges} edges"
+    found = check(case)
+    call = Call(case, case.rival, case.edges)
+    with matmul_precision(case.rival.precision):
+        run = call.forward if case.direction == "forward" else call.backward()
+        if case.edges == case.check_edges:
+            benchmark.pedantic(run)
+        else:
+            benchmark.pedantic(run, rounds=20, iterations=5, warmup_rounds=1)
+    if not benchmark.stats:  # nothing is timed with --benchmark-disable
+        return
+    seconds = benchmark.stats["median"]
+    cost = getattr(operation_cost(case, call), case.direction)
+    rate, bandwidth = ceilings.get(case.rival.precision, ceilings["float32"]), ceilings["copy"]
+    benchmark.extra_info |= {
+        "operation": case.operation,
+        "direction": case.direction,
+        "rival": str(case.rival),
+        "channels": case.channels,
+        "edges": case.edges,
+        "tflops": cost.flops / seconds / 1e12,
+        "gbytes_per_s": cost.bytes / seconds / 1e9,
+        "intensity": cost.intensity,
+        "roof": cost.roof(rate, bandwidth),
+        "share": cost.floor(rate, bandwidth) / seconds,
+        "error": found,
+    }
+
+
+def operation_cost(case: Case, call: Call) -> costs.Operation:
+    """What the recorded call must do at least."""
+    graph = real_graph(case.edges)
+    sizes = costs.Sizes(
+        graph.num_atoms,
+        graph.num_edges,
+        graph.num_crystals,
+        channels=case.channels,
+        itemsize=2 if case.rival.precision == "bf16" else 4,
+    )
+    rows = len(call.args[0])
+    if case.operation == "segment_sum":
+        return costs.segment_sum(sizes, rows, graph.num_atoms)
+    if case.operation in ("residual_norm", "rbf_embedding"):
+        return getattr(costs, case.operation)(sizes, rows)
+    return getattr(costs, case.operation)(sizes)
+
+
+def equivariant_product(library: str, operation: str, shape) -> Callable:
+    """Return the tensor product as users of another library write it, with our function's arguments.
+
+    Every edge gets its own weights, then its own product; the mean over an atom's edges comes last.
+    """
+    ns, nv = shape.num_scalars, shape.num_vectors
+    scalars, features = f"{ns}x0e", f"{ns}x0e + {nv}x1o + {nv}x2e"
+    irreps = (scalars, features) if operation == "tensor_product_1" else (features, scalars)
+    harmonics = "1x0e + 1x1o + 1x2e"
+    if library == "e3nn":
+        from e3nn import o3
+
+        product = o3.FullyConnectedTensorProduct(
+            irreps[0], harmonics, irreps[1], shared_weights=False, internal_weights=False
+        )
+    else:
+        cue = pytest.importorskip("cuequivariance")
+        cuet = pytest.importorskip("cuequivariance_torch")
+        product = cuet.FullyConnectedTensorProduct(
+            *(cue.Irreps("O3", x) for x in (irreps[0], harmonics, irreps[1])),
+            layout=cue.mul_ir,
+            shared_weights=False,
+            internal_weights=False,
+        )
+    product = product.to(device())
+
+    def compute(node, hidden, edge_vec, weight, bias, shape, receiver, sender):
+        from e3nn import o3
+
+        node = node if isinstance(node, torch.Tensor) else torch.cat([x.flatten(1) for x in node], dim=1)
+        sh = o3.spherical_harmonics(harmonics, edge_vec, normalize=True, normalization="component")
+        out = product(node[sender.index], sh.to(node.dtype), F.linear(hidden, weight, bias))
+        total = out.new_zeros(len(node), out.shape[1]).index_add(0, receiver.index, out)
+        mean = total / receiver.count.clamp(min=1)[:, None]
+        if operation == "tensor_product_2":
+            return mean
+        mean, first, second = mean.split((ns, 3 * nv, 5 * nv), dim=1)
+        return mean, first.unflatten(1, (nv, 3)), second.unflatten(1, (nv, 5))
+
+    return compute
