@@ -69,13 +69,15 @@ class AtomEmbedding(nn.Linear):
         self.register_buffer("features", features, persistent=False)
 
     def forward(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Embed atomic numbers, (N,) → (N, C), through one product per distinct element."""
-        elements, element_of_atom = numbers.unique(return_inverse=True)
-        features = self.features[elements]
-        if features.isnan().any():
-            unknown = elements[features.isnan().any(1)].tolist()
-            raise ValueError(f"no CGCNN features for atomic numbers {unknown}; leave these crystals out")
-        return super().forward(features)[element_of_atom]
+        """Embed atomic numbers, (N,) → (N, C)."""
+        features = self.features[numbers]
+        unknown = features[:, 0].isnan()
+        if numbers.device.type != "cpu":  # to read the numbers would wait for the device
+            torch._assert_async(~unknown.any(), "an element without CGCNN features; leave its crystal out")
+        elif unknown.any():
+            named = numbers[unknown].unique().tolist()
+            raise ValueError(f"no CGCNN features for atomic numbers {named}; leave these crystals out")
+        return super().forward(features)
 
 
 class RBF(nn.Module):
@@ -252,7 +254,7 @@ class EquivariantUpdate(nn.Module):
         self,
         node: torch.Tensor,
         edge: torch.Tensor,
-        harmonics: tuple[torch.Tensor, torch.Tensor],
+        edge_vec: torch.Tensor,
         index: GraphIndex,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Compute the equivariant atom features u1: (N, ns) 0e, (N, nv, 3) 1o and (N, nv, 5) 2e."""
@@ -261,12 +263,13 @@ class EquivariantUpdate(nn.Module):
         mean, first, second = tensor_product_1(
             scalars,
             softplus(fc[0](edge)),
-            harmonics,
+            edge_vec,
             fc[2].weight,
             fc[2].bias,
             self.shape,
             index.source,
             index.target,
+            backend=index.backend,
         )
         return mean + scalars, first, second
 
@@ -274,7 +277,7 @@ class EquivariantUpdate(nn.Module):
         self,
         node: torch.Tensor,
         edge: torch.Tensor,
-        harmonics: tuple[torch.Tensor, torch.Tensor],
+        edge_vec: torch.Tensor,
         index: GraphIndex,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Update atom features.
@@ -282,22 +285,23 @@ class EquivariantUpdate(nn.Module):
         Args:
             node: x, (N, C).
             edge: f, (E, C).
-            harmonics: Y_1 (E, 3) and Y_2 (E, 5) of the edge vectors.
+            edge_vec: (E, 3), of any unit.
             index: the graph's rows.
 
         Returns:
             x (N, C) and the l = 1 features on the way, (N, nv, 3).
         """
         fc = self.nlayer_2.fc
-        features = self.features(node, edge, harmonics, index)
+        features = self.features(node, edge, edge_vec, index)
         scalars = tensor_product_2(
             features,
             softplus(fc[0](edge)),
-            harmonics,
+            edge_vec,
             fc[2].weight,
             fc[2].bias,
             self.shape,
             index.source,
             index.target,
+            backend=index.backend,
         )
         return node + softplus(self.node_linear_2(softplus(self.bn(scalars)))), features[1]

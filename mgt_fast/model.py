@@ -15,8 +15,9 @@ from torch import nn
 from .config import MGTConfig
 from .graph import CrystalGraph
 from .kernels import check_backend, resolve_backend
+from .kernels.geometry import invariant_geometry, inverse_length
 from .kernels.segments import gather_rows, segment_mean
-from .kernels.tensor_product import TensorProductShape, spherical_harmonics
+from .kernels.tensor_product import TensorProductShape
 from .layers import (
     AtomEmbedding,
     EdgeWiseAttention,
@@ -42,17 +43,6 @@ class Encoding:
     directions: torch.Tensor
 
 
-def inverse_length(vec: torch.Tensor) -> torch.Tensor:
-    """−0.75 / |v|, the scalar that both encoders expand; (..., 3) in Å → (...)."""
-    return -0.75 / torch.linalg.vector_norm(vec, dim=-1)
-
-
-def frame_cosines(edge_vec: torch.Tensor, frame: torch.Tensor, index: GraphIndex) -> torch.Tensor:
-    """Cosines between every edge and the three frame vectors of its crystal, (E, 3), within [−1, 1]."""
-    unit_frame = gather_rows(F.normalize(frame, dim=2).flatten(1), index.crystal_of_edge).view(-1, 3, 3)
-    return (F.normalize(edge_vec, dim=1)[:, None] * unit_frame).sum(-1).clamp(-1, 1)
-
-
 class SE3Encoder(nn.Module):
     """SE(3)-invariant transformer: distances, and angles to the lattice frame."""
 
@@ -67,18 +57,19 @@ class SE3Encoder(nn.Module):
 
     def forward(self, graph: CrystalGraph, index: GraphIndex, cosine_noise: torch.Tensor | None) -> Encoding:
         """Encode the graph; the noise, if any, is added to the angle cosines alone."""
-        cosines = frame_cosines(graph.edge_vec, graph.frame, index)
-        if cosine_noise is not None:
-            cosines = cosines + cosine_noise
+        backend = index.backend
+        lengths, cosines = invariant_geometry(
+            graph.edge_vec, graph.frame, index.crystal_of_edge, cosine_noise, backend=backend
+        )
+        frame_lengths = inverse_length(graph.frame, backend=backend)  # [B, 3]
         node = self.atom_embedding(graph.numbers)
-        edge = self.edge_embedding(inverse_length(graph.edge_vec), index.backend)
-        angle = self.angle_embedding(cosines.flatten(), index.backend).unflatten(0, (-1, 3))  # [E, 3, C]
-        lengths = inverse_length(graph.frame)  # [B, 3]
-        frame = self.edge_embedding(lengths.flatten(), index.backend).unflatten(0, (-1, 3))  # [B, 3, C]
+        edge = self.edge_embedding(lengths, backend)
+        angle = self.angle_embedding(cosines.flatten(), backend).unflatten(0, (-1, 3))  # [E, 3, C]
+        frame = self.edge_embedding(frame_lengths.flatten(), backend).unflatten(0, (-1, 3))  # [B, 3, C]
         for edge_wise, node_wise in zip(self.edges_layer, self.atoms_layer, strict=True):
             edge = edge_wise(edge, angle, frame, index)
             node = node_wise(node, edge, index)
-        return Encoding(segment_mean(node, index.crystal), node, edge, angle)
+        return Encoding(segment_mean(node, index.crystal, backend=backend), node, edge, angle)
 
 
 class SO3Encoder(nn.Module):
@@ -97,12 +88,11 @@ class SO3Encoder(nn.Module):
         """Encode the graph; the noise, if any, is added to the edge vectors."""
         edge_vec = graph.edge_vec if vector_noise is None else graph.edge_vec + vector_noise
         node = self.atom_embedding(graph.numbers)
-        edge = self.edge_embedding(inverse_length(edge_vec), index.backend)
-        harmonics = spherical_harmonics(F.normalize(edge_vec, dim=1))
+        edge = self.edge_embedding(inverse_length(edge_vec, backend=index.backend), index.backend)
         for equivariant, node_wise in zip(self.equi_update, self.transconv, strict=True):
-            node, vectors = equivariant(node, edge, harmonics, index)
+            node, vectors = equivariant(node, edge, edge_vec, index)
             node = node_wise(node, edge, index)
-        return Encoding(segment_mean(node, index.crystal), node, edge, vectors)
+        return Encoding(segment_mean(node, index.crystal, backend=index.backend), node, edge, vectors)
 
 
 class ProjectionHead(nn.Module):
@@ -193,8 +183,8 @@ class EdgeNoiseHead(nn.Module):
     ) -> torch.Tensor:
         """Predict (E, output_dim), or (E, 3, output_dim) with `extra` (E, 3, C) added to the hidden layer."""
         hidden = self.edge(encoding.edge)
-        hidden = hidden + gather_rows(self.source(encoding.node), index.source)
-        hidden = hidden + gather_rows(self.target(encoding.node), index.target)
+        hidden = hidden + gather_rows(self.source(encoding.node), index.source, backend=index.backend)
+        hidden = hidden + gather_rows(self.target(encoding.node), index.target, backend=index.backend)
         return self.out(F.silu(hidden if extra is None else hidden[:, None] + extra))
 
 
@@ -221,14 +211,12 @@ class SO3EdgeNoise(nn.Module):
     def forward(self, encoding: Encoding, index: GraphIndex, edge_vec: torch.Tensor) -> torch.Tensor:
         """Predict (E, 3), Å."""
         vectors = encoding.directions
-        basis = torch.cat(
-            (
-                F.normalize(edge_vec, dim=1)[:, None],
-                gather_rows(vectors.flatten(1), index.source).view(-1, *vectors.shape[1:]),
-                gather_rows(vectors.flatten(1), index.target).view(-1, *vectors.shape[1:]),
-            ),
-            dim=1,
-        )  # [E, 1 + 2nv, 3]
+        at_source, at_target = (
+            gather_rows(vectors.flatten(1), atom, backend=index.backend).view(-1, *vectors.shape[1:])
+            for atom in (index.source, index.target)
+        )
+        unit = F.normalize(edge_vec, dim=1)[:, None]
+        basis = torch.cat((unit, at_source, at_target), dim=1)  # [E, 1 + 2nv, 3]
         return (self.head(encoding, index)[:, :, None] * basis).sum(1)
 
 

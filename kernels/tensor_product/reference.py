@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from ..segments import Segments, gather_rows, segment_apply, segment_outer, segment_sum
 
@@ -68,7 +69,7 @@ def _inverse_count(segments: Segments, like: torch.Tensor) -> torch.Tensor:
 def tensor_product_1(
     node: torch.Tensor,
     hidden: torch.Tensor,
-    harmonics: tuple[torch.Tensor, torch.Tensor],
+    edge_vec: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
     shape: TensorProductShape,
@@ -80,7 +81,7 @@ def tensor_product_1(
     Args:
         node: scalars u, (N, ns).
         hidden: hidden channels h of the weight network, (E, K).
-        harmonics: Y_1 (E, 3) and Y_2 (E, 5).
+        edge_vec: vectors of the edges, (E, 3); their lengths do not matter.
         weight, bias: last layer of the weight network, (weight_rows, K) and (weight_rows,),
             in e3nn's order of paths.
         shape: the multiplicities.
@@ -98,6 +99,7 @@ def tensor_product_1(
     (scalar_w, vector_w), (scalar_b, vector_b) = weight.split(rows), bias.split(rows)
     scalars = _sum_of_products(gather_rows(node, sender), hidden, scalar_w, scalar_b, receiver)
 
+    harmonics = spherical_harmonics(F.normalize(edge_vec, dim=1))
     # Both vector paths end in a factor Y_l of the edge, so the sender's side is contracted first.
     vector_w = torch.cat(vector_w.view(2, ns, nv, -1).unbind(), dim=1)  # [ns, 2nv, K]
     vector_b = torch.cat(vector_b.view(2, ns, nv).unbind(), dim=1)  # [ns, 2nv]
@@ -119,7 +121,7 @@ def tensor_product_1(
 def tensor_product_2(
     node: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     hidden: torch.Tensor,
-    harmonics: tuple[torch.Tensor, torch.Tensor],
+    edge_vec: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
     shape: TensorProductShape,
@@ -130,7 +132,7 @@ def tensor_product_2(
 
     Args:
         node: scalars, l = 1 and l = 2 features, (N, ns), (N, nv, 3), (N, nv, 5).
-        hidden, harmonics, weight, bias, shape, receiver, sender: as in `tensor_product_1`.
+        hidden, edge_vec, weight, bias, shape, receiver, sender: as in `tensor_product_1`.
 
     Returns:
         (N, ns); an atom without edges gets zeros.
@@ -139,6 +141,7 @@ def tensor_product_2(
         e3nn FullyConnectedTensorProduct, paths 0⊗0→0, 1⊗1→0, 2⊗2→0.
     """
     ns, nv = shape.num_scalars, shape.num_vectors
+    harmonics = spherical_harmonics(F.normalize(edge_vec, dim=1))
     scalars, first, second = (gather_rows(part.flatten(1), sender) for part in node)
     invariants = torch.cat(
         (
