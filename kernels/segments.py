@@ -35,9 +35,8 @@ class Segments:
         self.index = index
         self.num_segments = num_segments
         if ptr is None:
-            self.order = index.argsort(stable=True)
-            self.ptr = torch.zeros(num_segments + 1, dtype=torch.int64, device=index.device)
-            self.ptr[1:] = torch.bincount(index, minlength=num_segments).cumsum(0)
+            ordered, self.order = index.sort(stable=True)
+            self.ptr = torch.searchsorted(ordered, torch.arange(num_segments + 1, device=index.device))
         else:
             self.order = torch.arange(index.shape[0], device=index.device)
             self.ptr = ptr
