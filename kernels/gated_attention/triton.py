@@ -16,7 +16,7 @@ Sums over rows are kept per tile and added in a fixed order, so two runs are bit
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -39,23 +39,54 @@ def _tile_rows(near_index, far_index, num_edges, M: tl.constexpr, BLOCK_R: tl.co
 
 
 @triton.jit
-def _first_layer(
-    x, weight, near, far, row, near_row, far_row, valid,
-    HALF: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+def _product(
+    acc, a, row, valid, w, k_stride, n_stride, column,
+    C: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """First layer before its SiLU, of the key (HALF = 0) or the value network (HALF = 1), [BLOCK_R, C]."""
-    channel = tl.arange(0, C)
-    inside = valid[:, None]
-    near_at = near + near_row[:, None] * (3 * C) + ((1 + HALF) * C + channel)[None, :]
-    far_at = far + far_row[:, None] * (2 * C) + (HALF * C + channel)[None, :]
-    acc = tl.load(near_at, mask=inside, other=0.0).to(ACC)
-    acc += tl.load(far_at, mask=inside, other=0.0).to(ACC)
+    """Add the product of rows of a [*, C] with a weight, some columns of it, to acc [BLOCK_R, BLOCK_N]."""
     for start in range(0, C, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        a = tl.load(x + row[:, None] * C + k[None, :], mask=inside, other=0.0)
-        b = tl.load(weight + (HALF * C + channel)[None, :] * C + k[:, None])
-        acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
+        left = tl.load(a + row[:, None] * C + k[None, :], mask=valid[:, None], other=0.0)
+        right = tl.load(w + k[:, None] * k_stride + column[None, :] * n_stride)
+        acc = tl.dot(left, right, acc, input_precision=PRECISION, out_dtype=ACC)
     return acc
+
+
+@triton.jit
+def _first_layer(
+    x, weight, near, far, row, near_row, far_row, valid, column,
+    HALF: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Some columns of the first layer before its SiLU, of the key (HALF = 0) or the value network (1)."""
+    inside = valid[:, None]
+    near_at = near + near_row[:, None] * (3 * C) + ((1 + HALF) * C + column)[None, :]
+    far_at = far + far_row[:, None] * (2 * C) + (HALF * C + column)[None, :]
+    acc = tl.load(near_at, mask=inside, other=0.0).to(ACC)
+    acc += tl.load(far_at, mask=inside, other=0.0).to(ACC)
+    return _product(
+        acc, x, row, valid, weight + HALF * C * C, 1, C, column, C, BLOCK_K, ACC, PRECISION
+    )  # fmt: skip
+
+
+@triton.jit
+def _hidden_to_memory(
+    hiddens, sums, stride, x, weight, near, far, row, near_row, far_row, valid,
+    HALF: tl.constexpr, C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Store the hidden layer where the whole tile can read it, and, unless None, the sums before its SiLU."""
+    inside = valid[:, None]
+    for start in range(0, C, BLOCK_N):
+        column = start + tl.arange(0, BLOCK_N)
+        pre = _first_layer(
+            x, weight, near, far, row, near_row, far_row, valid, column, HALF, C, BLOCK_K, ACC, PRECISION
+        )  # fmt: skip
+        hidden = (pre * tl.sigmoid(pre)).to(hiddens.dtype.element_ty)
+        tl.store(hiddens + row[:, None] * C + column[None, :], hidden, mask=inside)
+        if sums is not None:
+            at = sums + row[:, None] * stride + (HALF * C + column)[None, :]
+            tl.store(at, pre.to(sums.dtype.element_ty), mask=inside)
+    tl.debug_barrier()  # other threads of the program read what this one has stored
 
 
 @triton.jit
@@ -94,24 +125,34 @@ def _standardise(
 
 @triton.jit(do_not_specialize=["num_edges"])
 def keys_kernel(
-    x, weight, near, near_index, far, far_index, key_w, key_b, keys, means, squares, num_edges,
+    x, weight, near, near_index, far, far_index, key_w, key_b, hiddens, keys, means, squares, num_edges,
     C: tl.constexpr, M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
     SCALE: tl.constexpr, STATISTICS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Keys, and each tile's mean and summed squares of query · key / √C about it."""
     _edge, row, near_row, far_row, valid = _tile_rows(near_index, far_index, num_edges, M, BLOCK_R)
-    pre = _first_layer(
-        x, weight, near, far, row, near_row, far_row, valid, 0, C, BLOCK_K, ACC, PRECISION
-    )  # fmt: skip
     dtype = keys.dtype.element_ty
-    hidden = (pre * tl.sigmoid(pre)).to(dtype)
     inside = valid[:, None]
     count = tl.sum(valid.to(ACC), 0)
-    k = tl.arange(0, C)
+    every = tl.arange(0, C)
+    if hiddens is None:  # the hidden layer stays in registers
+        pre = _first_layer(
+            x, weight, near, far, row, near_row, far_row, valid, every, 0, C, BLOCK_K, ACC, PRECISION
+        )  # fmt: skip
+        hidden = (pre * tl.sigmoid(pre)).to(dtype)
+    else:
+        _hidden_to_memory(
+            hiddens, None, 0, x, weight, near, far, row, near_row, far_row, valid,
+            0, C, BLOCK_K, BLOCK_N, ACC, PRECISION,
+        )  # fmt: skip
     for start in range(0, C, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
-        b = tl.load(key_w + column[None, :] * C + k[:, None])
-        key = tl.dot(hidden, b, input_precision=PRECISION, out_dtype=ACC)
+        key = tl.zeros((BLOCK_R, BLOCK_N), ACC)
+        if hiddens is None:
+            w = tl.load(key_w + every[:, None] + column[None, :] * C)
+            key = tl.dot(hidden, w, key, input_precision=PRECISION, out_dtype=ACC)
+        else:
+            key = _product(key, hiddens, row, valid, key_w, 1, C, column, C, BLOCK_K, ACC, PRECISION)
         key = (key + tl.load(key_b + column)[None, :]).to(dtype)
         tl.store(keys + row[:, None] * C + column[None, :], key, mask=inside)
         if STATISTICS:
@@ -127,23 +168,33 @@ def keys_kernel(
 
 @triton.jit(do_not_specialize=["num_edges"])
 def values_kernel(
-    x, weight, near, near_index, far, far_index, value_w, value_b, keys, mean, inv_std, norm_w, norm_b,
-    out, num_edges,
+    x, weight, near, near_index, far, far_index, value_w, value_b, hiddens,
+    keys, mean, inv_std, norm_w, norm_b, out, num_edges,
     C: tl.constexpr, M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
     SCALE: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Values times gates, summed over each edge's keys."""
+    """Values times gates; with FOLD summed over each edge's keys."""
     _edge, row, near_row, far_row, valid = _tile_rows(near_index, far_index, num_edges, M, BLOCK_R)
-    pre = _first_layer(
-        x, weight, near, far, row, near_row, far_row, valid, 1, C, BLOCK_K, ACC, PRECISION
-    )  # fmt: skip
     dtype = out.dtype.element_ty
-    hidden = (pre * tl.sigmoid(pre)).to(dtype)
-    k = tl.arange(0, C)
+    every = tl.arange(0, C)
+    if hiddens is None:  # the hidden layer stays in registers
+        pre = _first_layer(
+            x, weight, near, far, row, near_row, far_row, valid, every, 1, C, BLOCK_K, ACC, PRECISION
+        )  # fmt: skip
+        hidden = (pre * tl.sigmoid(pre)).to(dtype)
+    else:
+        _hidden_to_memory(
+            hiddens, None, 0, x, weight, near, far, row, near_row, far_row, valid,
+            1, C, BLOCK_K, BLOCK_N, ACC, PRECISION,
+        )  # fmt: skip
     for start in range(0, C, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
-        b = tl.load(value_w + column[None, :] * C + k[:, None])
-        value = tl.dot(hidden, b, input_precision=PRECISION, out_dtype=ACC)
+        value = tl.zeros((BLOCK_R, BLOCK_N), ACC)
+        if hiddens is None:
+            w = tl.load(value_w + every[:, None] + column[None, :] * C)
+            value = tl.dot(hidden, w, value, input_precision=PRECISION, out_dtype=ACC)
+        else:
+            value = _product(value, hiddens, row, valid, value_w, 1, C, column, C, BLOCK_K, ACC, PRECISION)
         value += tl.load(value_b + column)[None, :]
         _key, _query, standard = _standardise(
             keys, near, mean, inv_std, row, near_row, valid, column, C, SCALE, ACC
@@ -152,35 +203,57 @@ def values_kernel(
         _store(out, C, (gate * value).to(dtype), row, valid, column, num_edges, M, BLOCK_R, FOLD, ACC)
 
 
+@triton.jit
+def _first_layer_gradient(
+    grad, w, grad_pre, stride, grad_near, row, valid, num_edges,
+    HALF: tl.constexpr, C: tl.constexpr, M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, FOLD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Replace the first layer's sums by their gradients, from those of the second layer's output."""
+    tl.debug_barrier()  # the product reads what other threads of the program have stored
+    for start in range(0, C, BLOCK_N):
+        column = start + tl.arange(0, BLOCK_N)
+        g_hidden = tl.zeros((BLOCK_R, BLOCK_N), ACC)
+        g_hidden = _product(g_hidden, grad, row, valid, w, C, 1, column, C, BLOCK_K, ACC, PRECISION)
+        at = grad_pre + row[:, None] * stride + (HALF * C + column)[None, :]
+        pre = tl.load(at, mask=valid[:, None], other=0.0).to(ACC)
+        sigmoid = tl.sigmoid(pre)
+        g_pre = (g_hidden * (sigmoid * (1.0 + pre * (1.0 - sigmoid)))).to(grad_pre.dtype.element_ty)
+        tl.store(at, g_pre, mask=valid[:, None])
+        if FOLD:
+            place = (1 + HALF) * C + column
+            _store(grad_near, 3 * C, g_pre, row, valid, place, num_edges, M, BLOCK_R, FOLD, ACC)
+
+
 @triton.jit(do_not_specialize=["num_edges"])
 def backward_values_kernel(
     grad, x, weight, near, near_index, far, far_index, value_w, value_b, keys, mean, inv_std, norm_w, norm_b,
     grad_norm, grad_value, hiddens, grad_pre, grad_near, sums, num_edges,
     C: tl.constexpr, M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
-    SCALE: tl.constexpr, PRE_STRIDE: tl.constexpr, FOLD: tl.constexpr,
+    BLOCK_E: tl.constexpr, SCALE: tl.constexpr, PRE_STRIDE: tl.constexpr, FOLD: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the norm's output and of the value network, and each tile's column sums of the former."""
     edge, row, near_row, far_row, valid = _tile_rows(near_index, far_index, num_edges, M, BLOCK_R)
     dtype = x.dtype.element_ty
     inside = valid[:, None]
-    k = tl.arange(0, C)
-    pre = _first_layer(
-        x, weight, near, far, row, near_row, far_row, valid, 1, C, BLOCK_K, ACC, PRECISION
+    # What is needed later waits where its gradient will stand: first layers' sums, and values.
+    _hidden_to_memory(
+        hiddens, grad_pre, PRE_STRIDE, x, weight, near, far, row, near_row, far_row, valid,
+        1, C, BLOCK_K, BLOCK_N, ACC, PRECISION,
     )  # fmt: skip
-    # The sum waits where its gradient will stand: beside the accumulator below registers would run out.
-    pre_at = grad_pre + row[:, None] * PRE_STRIDE + (C + k)[None, :]
-    tl.store(pre_at, pre.to(dtype), mask=inside)
-    hidden = (pre * tl.sigmoid(pre)).to(dtype)
-    tl.store(hiddens + row[:, None] * C + k[None, :], hidden, mask=inside)
-    grad_hidden = tl.zeros((BLOCK_R, C), ACC)
-    tile = tl.program_id(0).to(tl.int64) * (3 * C)
     for start in range(0, C, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
-        at = row[:, None] * C + column[None, :]
-        w = tl.load(value_w + column[:, None] * C + k[None, :])  # [BLOCK_N, C]
-        value = tl.dot(hidden, tl.trans(w), input_precision=PRECISION, out_dtype=ACC)
+        value = tl.zeros((BLOCK_R, BLOCK_N), ACC)
+        value = _product(value, hiddens, row, valid, value_w, 1, C, column, C, BLOCK_K, ACC, PRECISION)
         value += tl.load(value_b + column)[None, :]
+        tl.store(grad_value + row[:, None] * C + column[None, :], value.to(dtype), mask=inside)
+    tl.debug_barrier()
+    tile = tl.program_id(0).to(tl.int64) * (3 * C)
+    for start in range(0, C, BLOCK_E):
+        column = start + tl.arange(0, BLOCK_E)
+        at = row[:, None] * C + column[None, :]
+        value = tl.load(grad_value + at, mask=inside, other=0.0).to(ACC)
         _key, _query, standard = _standardise(
             keys, near, mean, inv_std, row, near_row, valid, column, C, SCALE, ACC
         )  # fmt: skip
@@ -188,29 +261,24 @@ def backward_values_kernel(
         g = tl.load(grad + edge[:, None] * C + column[None, :], mask=inside, other=0.0).to(ACC)
         g_value = gate * g
         g_norm = g_value * value * (1.0 - gate)
+        tl.store(grad_value + at, g_value.to(dtype), mask=inside)
         tl.store(grad_norm + at, g_norm.to(dtype), mask=inside)
         tl.store(sums + tile + column, tl.sum(g_norm, 0))
         tl.store(sums + tile + C + column, tl.sum(g_norm * standard, 0))
         tl.store(sums + tile + 2 * C + column, tl.sum(g_value, 0))
-        narrow = g_value.to(dtype)
-        tl.store(grad_value + at, narrow, mask=inside)
-        grad_hidden = tl.dot(narrow, w, grad_hidden, input_precision=PRECISION, out_dtype=ACC)
-    tl.debug_barrier()  # every thread's part of the sum has been stored
-    pre = tl.load(pre_at, mask=inside, other=0.0).to(ACC)
-    sigmoid = tl.sigmoid(pre)
-    g_pre = (grad_hidden * (sigmoid * (1.0 + pre * (1.0 - sigmoid)))).to(dtype)
-    tl.store(pre_at, g_pre, mask=inside)
-    if FOLD:
-        _store(grad_near, 3 * C, g_pre, row, valid, 2 * C + k, num_edges, M, BLOCK_R, FOLD, ACC)
+    _first_layer_gradient(
+        grad_value, value_w, grad_pre, PRE_STRIDE, grad_near, row, valid, num_edges,
+        1, C, M, BLOCK_R, BLOCK_K, BLOCK_N, FOLD, ACC, PRECISION,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_edges"])
 def backward_keys_kernel(
     x, weight, near, near_index, far, far_index, key_w, keys, mean, inv_std, scale, shift, slope,
-    grad_norm, hiddens, grad_pre, grad_near, sums, num_edges,
+    grad_norm, hiddens, grad_pre, grad_query, grad_near, sums, num_edges,
     C: tl.constexpr, M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
-    SCALE: tl.constexpr, PRE_STRIDE: tl.constexpr, QUERY_STRIDE: tl.constexpr, FOLD: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_E: tl.constexpr, SCALE: tl.constexpr, PRE_STRIDE: tl.constexpr, QUERY_STRIDE: tl.constexpr,
+    FOLD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the queries and the key network; the keys' own replaces `grad_norm`.
 
@@ -219,40 +287,29 @@ def backward_keys_kernel(
     _edge, row, near_row, far_row, valid = _tile_rows(near_index, far_index, num_edges, M, BLOCK_R)
     dtype = x.dtype.element_ty
     inside = valid[:, None]
-    k = tl.arange(0, C)
-    acc = tl.zeros((BLOCK_R, C), ACC)
+    _hidden_to_memory(
+        hiddens, grad_pre, PRE_STRIDE, x, weight, near, far, row, near_row, far_row, valid,
+        0, C, BLOCK_K, BLOCK_N, ACC, PRECISION,
+    )  # fmt: skip
     tile = tl.program_id(0).to(tl.int64) * C
-    for start in range(0, C, BLOCK_N):
-        column = start + tl.arange(0, BLOCK_N)
-        at = row[:, None] * C + column[None, :]
+    for start in range(0, C, BLOCK_E):
+        column = start + tl.arange(0, BLOCK_E)
+        at = grad_norm + row[:, None] * C + column[None, :]
         key, query, standard = _standardise(
             keys, near, mean, inv_std, row, near_row, valid, column, C, SCALE, ACC
         )  # fmt: skip
-        g = tl.load(grad_norm + at, mask=inside, other=0.0).to(ACC)
+        g = tl.load(at, mask=inside, other=0.0).to(ACC)
         g -= tl.load(shift + column)[None, :] + tl.load(slope + column)[None, :] * standard
         g = tl.where(inside, g * tl.load(scale + column)[None, :], 0.0)
         g_key = g * query
         tl.store(sums + tile + column, tl.sum(g_key, 0))
+        tl.store(at, g_key.to(dtype), mask=inside)
         g_query = (g * key * SCALE).to(dtype)
-        _store(grad_near, QUERY_STRIDE, g_query, row, valid, column, num_edges, M, BLOCK_R, FOLD, ACC)
-        narrow = g_key.to(dtype)
-        tl.store(grad_norm + at, narrow, mask=inside)
-        w = tl.load(key_w + column[:, None] * C + k[None, :])  # [BLOCK_N, C]
-        acc = tl.dot(narrow, w, acc, input_precision=PRECISION, out_dtype=ACC)
-    # The first layer is made again: beside its accumulator this one does not fit, so it waits in memory.
-    pre_at = grad_pre + row[:, None] * PRE_STRIDE + k[None, :]
-    tl.store(pre_at, acc.to(dtype), mask=inside)
-    pre = _first_layer(
-        x, weight, near, far, row, near_row, far_row, valid, 0, C, BLOCK_K, ACC, PRECISION
+        _store(grad_query, QUERY_STRIDE, g_query, row, valid, column, num_edges, M, BLOCK_R, FOLD, ACC)
+    _first_layer_gradient(
+        grad_norm, key_w, grad_pre, PRE_STRIDE, grad_near, row, valid, num_edges,
+        0, C, M, BLOCK_R, BLOCK_K, BLOCK_N, FOLD, ACC, PRECISION,
     )  # fmt: skip
-    sigmoid = tl.sigmoid(pre)
-    tl.store(hiddens + row[:, None] * C + k[None, :], (pre * sigmoid).to(dtype), mask=inside)
-    tl.debug_barrier()  # every thread's part of the accumulator has been stored
-    grad_hidden = tl.load(pre_at, mask=inside, other=0.0).to(ACC)
-    g_pre = (grad_hidden * (sigmoid * (1.0 + pre * (1.0 - sigmoid)))).to(dtype)
-    tl.store(pre_at, g_pre, mask=inside)
-    if FOLD:
-        _store(grad_near, 3 * C, g_pre, row, valid, C + k, num_edges, M, BLOCK_R, FOLD, ACC)
 
 
 FOLDED = (torch.bfloat16,)
@@ -270,39 +327,30 @@ class Tile:
     stages: int
 
 
-# Chosen so that nothing spills and shared memory suffices on compute capability 8.0 and 9.0.
-_FORWARD = {
-    (2, 128): Tile(128, 64, 64, 8, 3),
-    (2, 256): Tile(128, 64, 64, 8, 2),
-    (2, 512): Tile(32, 32, 64, 8, 2),
-    (4, 128): Tile(64, 32, 32, 8, 2),
-    (4, 256): Tile(64, 32, 32, 8, 2),
-    (4, 512): Tile(32, 16, 16, 8, 2),
-}
-_BACKWARD = {
-    (2, 128): Tile(64, 64, 64, 8, 2),
-    (2, 256): Tile(64, 32, 32, 8, 2),
-    (2, 512): Tile(32, 16, 16, 8, 2),
-    (4, 128): Tile(64, 32, 32, 8, 2),
-    (4, 256): Tile(32, 16, 16, 8, 2),
-    (4, 512): Tile(16, 16, 16, 8, 1),
-}
+# Chosen so that nothing spills and shared memory suffices on compute capability 8.0 and 9.0. The forward
+# kernels keep a tile's hidden layer in registers where that leaves tiles of a useful size.
+_IN_REGISTERS = {128: Tile(128, 64, 64, 8, 3), 256: Tile(128, 64, 32, 8, 2)}
+_THROUGH_MEMORY = {2: Tile(128, 64, 64, 8, 3), 4: Tile(64, 32, 64, 8, 3)}
 
 
-def _tile(table: dict, channels: int, dtype: torch.dtype) -> Tile:
-    known = table.get((dtype.itemsize, channels))
-    if known is not None and not INTERPRETED:
-        return known
-    step = min(channels, 32)  # other sizes: small, so that they fit anywhere
-    return Tile(32, step, step, 4, 1)
+def _tile(channels: int, dtype: torch.dtype, *, forward: bool) -> tuple[Tile, bool]:
+    """Choose a tile, and whether hidden layers stay in registers."""
+    if INTERPRETED:  # small, and each way is tried
+        step = min(channels, 32)
+        return Tile(32, step, step, 4, 1), forward and channels < 32
+    if forward and dtype == torch.bfloat16 and channels in _IN_REGISTERS:
+        return _IN_REGISTERS[channels], True
+    tile = _THROUGH_MEMORY[dtype.itemsize]
+    return replace(tile, k=min(tile.k, channels), n=min(tile.n, channels)), False
 
 
 class _Launcher:
     """What the four kernels share: sizes, the graph's rows and the compile-time arguments."""
 
-    def __init__(self, table, x, weight, near, near_index, far, far_index):
+    def __init__(self, x, weight, near, near_index, far, far_index, *, forward):
         self.num_edges, self.num_keys, self.channels = x.shape
-        self.tile = tile = _tile(table, self.channels, x.dtype)
+        self.tile, self.in_registers = _tile(self.channels, x.dtype, forward=forward)
+        tile = self.tile
         self.edges = tile.rows // self.num_keys
         self.num_tiles = triton.cdiv(self.num_edges, self.edges)
         self.fold = self.num_keys > 1 and x.dtype in FOLDED
@@ -323,6 +371,10 @@ class _Launcher:
         options = {"num_warps": self.tile.warps, "num_stages": self.tile.stages}
         launch(kernel, (self.num_tiles,), *args, self.num_edges, **self.constants, **constants, **options)
 
+    def hiddens(self) -> torch.Tensor | None:
+        """Room for a hidden layer, if it goes through memory."""
+        return None if self.in_registers else torch.empty_like(self.inputs[0])
+
     def partial(self, *shape: int) -> torch.Tensor:
         """Room for what every tile adds up for itself."""
         return torch.empty(self.num_tiles, *shape, dtype=self.accumulator, device=self.inputs[0].device)
@@ -338,10 +390,10 @@ class _Launcher:
 
 def forward_keys(x, weight, near, near_index, far, far_index, key_w, key_b, training):
     """Return the keys (E, M, C) and, in training, mean and biased variance of the products, (C,) each."""
-    run = _Launcher(_FORWARD, x, weight, near, near_index, far, far_index)
+    run = _Launcher(x, weight, near, near_index, far, far_index, forward=True)
     keys = torch.empty_like(x)
     means, squares = (run.partial(run.channels) if training else None for _ in range(2))
-    run(keys_kernel, *run.inputs, key_w, key_b, keys, means, squares, STATISTICS=training)
+    run(keys_kernel, *run.inputs, key_w, key_b, run.hiddens(), keys, means, squares, STATISTICS=training)
     return (keys, *run.merge(means, squares)) if training else (keys, None, None)
 
 
@@ -349,10 +401,11 @@ def forward_values(
     x, weight, near, near_index, far, far_index, value_w, value_b, keys, mean, inv_std, norm_w, norm_b
 ):
     """Return the gated values' sum over each edge's keys, (E, C)."""
-    run = _Launcher(_FORWARD, x, weight, near, near_index, far, far_index)
+    run = _Launcher(x, weight, near, near_index, far, far_index, forward=True)
     out = x.new_empty(run.num_edges, 1 if run.fold else run.num_keys, run.channels)
     run(
-        values_kernel, *run.inputs, value_w, value_b, keys, mean, inv_std, norm_w, norm_b, out, FOLD=run.fold
+        values_kernel, *run.inputs, value_w, value_b, run.hiddens(),
+        keys, mean, inv_std, norm_w, norm_b, out, FOLD=run.fold,
     )  # fmt: skip
     return out.sum(1) if out.shape[1] > 1 else out.squeeze(1)
 
@@ -367,7 +420,7 @@ def backward(
         x (E, M, C); weight (2C, C); near rows (E, 3C); far rows (E, M · 2C), which may be a view of the
         former's columns; key_w, key_b, value_w, value_b, norm_w, norm_b.
     """
-    run = _Launcher(_BACKWARD, x, weight, near, near_index, far, far_index)
+    run = _Launcher(x, weight, near, near_index, far, far_index, forward=False)
     rows, channels = run.num_edges * run.num_keys, run.channels
     grad_norm, grad_value, hiddens = x.new_empty(3, rows, channels)
     grad_near = x.new_empty(run.num_edges, 3 * channels)
@@ -375,7 +428,8 @@ def backward(
     # Where the kernel does not sum over an edge's keys, the queries' gradients come one a row.
     grad_query = grad_near if run.fold or run.num_keys == 1 else x.new_empty(rows, channels)
     statistics = (mean, inv_std)
-    constants = {"PRE_STRIDE": grad_pre.stride(0), "FOLD": run.fold}
+    block_e = min(channels, 32)  # of the elementwise steps, which take many arrays at once
+    constants = {"PRE_STRIDE": grad_pre.stride(0), "BLOCK_E": block_e, "FOLD": run.fold}
 
     sums = run.partial(3, channels)
     run(
@@ -390,7 +444,8 @@ def backward(
     sums = run.partial(channels)
     run(
         backward_keys_kernel, *run.inputs, key_w, keys, *statistics, scale, shift, slope,
-        grad_norm, hiddens, grad_pre, grad_query, sums, QUERY_STRIDE=grad_query.stride(0), **constants,
+        grad_norm, hiddens, grad_pre, grad_query, grad_near, sums,
+        QUERY_STRIDE=grad_query.stride(0), **constants,
     )  # fmt: skip
     if grad_query is not grad_near:
         by_edge = (run.num_edges, run.num_keys, -1)
