@@ -1,8 +1,8 @@
 #include "lattice_frame.hpp"
 
 #include <algorithm>
-#include <memory>
 
+#include "buffer.hpp"
 #include "cell_reduction.hpp"
 #include "frame_signature.hpp"
 #include "lattice_bases.hpp"
@@ -22,13 +22,15 @@ namespace {
 
 // Edges are worked on in blocks, each quantity in an array of its own, for the sake of vector units and
 // caches.
-constexpr std::int64_t kBlock = 1024;
+constexpr std::int64_t kEdgesABlock = 1024;
+
+constexpr std::int64_t kCrystalsABlock = 4;  // handed to a thread at once
 
 struct EdgeBlock {
-  double x[kBlock], y[kBlock], z[kBlock];  // r_ij, Å; then of length 1
-  double weight[kBlock];                   // by elements; then by length as well
-  double term[kBlock];
-  std::int32_t target[kBlock];  // j, numbered through the crystal
+  double x[kEdgesABlock], y[kEdgesABlock], z[kEdgesABlock];  // r_ij, Å; then of length 1
+  double weight[kEdgesABlock];                               // by elements; then by length as well
+  double term[kEdgesABlock];
+  std::int32_t target[kEdgesABlock];  // j, numbered through the crystal
 };
 
 MGT_WIDE_VECTORS void look_at_all(std::int64_t count, EdgeBlock& edges) {
@@ -53,89 +55,112 @@ MGT_WIDE_VECTORS void multiply_all(std::int64_t count, const double* a, const do
   for (std::int64_t e = 0; e < count; ++e) out[e] = a[e] * b[e] * c[e] * d[e];
 }
 
-// The signatures of one crystal's bases.
-class Signatures {
+// Chooses frames, one crystal after the other, and uses its memory again.
+class FrameChooser {
  public:
-  Signatures(const Motif& motif, std::int64_t first_atom, std::int64_t num_atoms, const LatticeBases& bases)
-      : numbers_(motif.numbers + first_atom),
-        target_(motif.target),
-        edge_vec_(motif.edge_vec),
-        row_ptr_(motif.row_ptr + first_atom),
-        first_atom_(first_atom),
-        num_atoms_(num_atoms),
-        bases_(bases),
-        block_size_(std::min(row_ptr_[num_atoms] - row_ptr_[0], kBlock)),
-        edges_(new EdgeBlock) {
-    int num_profiles = 0;
-    for (int m = 0; m < 3; ++m) {
-      std::fill_n(profile_of_[m], kVectors, -1);
-      for (int n = 0; n < bases.count; ++n) {
-        int& index = profile_of_[m][bases.basis[n].row[m]];
-        if (index < 0) index = num_profiles++;
-      }
-    }
-    profiles_.reset(new double[num_profiles * block_size_]);
+  FrameChooser(const Crystals& crystals, const Motif& motif) : crystals_(crystals), motif_(motif) {}
+
+  Mat3 choose(std::int64_t b) {
+    const OneThread group;
+    first_atom_ = crystals_.first_atom(b);
+    num_atoms_ = crystals_.num_atoms(b);
+    numbers_ = motif_.numbers + first_atom_;
+    row_ptr_ = motif_.row_ptr + first_atom_;
+    const CrystalView crystal = {num_atoms_, numbers_, crystals_.frac_coords + 3 * first_atom_,
+                                 crystals_.lattice(b), crystals_.pbc + 3 * b};
+    coordinates_.resize(num_atoms_);
+    bins_.resize(2 * num_atoms_);
+    primitive_lattice(group, crystal, reduce_cell(crystals_, b),
+                      {coordinates_.data(), bins_.data(), bins_.data() + num_atoms_}, lattice_);
+    preferred_bases(group, lattice_, crystal.cell, crystal.pbc, bases_);
+    const int* row = bases_.basis[bases_.count > 1 ? best_basis() : 0].row;
+    return {{bases_.vector[row[0]], bases_.vector[row[1]], bases_.vector[row[2]]}};
   }
 
-  std::vector<double> compute() {
+ private:
+  // The basis with the greatest signature, see frame_signature.hpp.
+  int best_basis() {
+    choose_profiles();
+    edges_.resize(1);
+    ends_.resize(num_atoms_);
+    for (std::int64_t i = 0; i < num_atoms_; ++i) ends_[i] = end_weight(numbers_[i]);
+    for (Buffer<double>* message : {&once_, &twice_}) {
+      message->resize(num_atoms_ * bases_.count);
+      std::fill(message->begin(), message->end(), 0.0);
+    }
     const std::int64_t first_edge = row_ptr_[0], last_edge = row_ptr_[num_atoms_];
-    std::vector<double> once(num_atoms_ * bases_.count), twice(num_atoms_ * bases_.count);
     for (int round = 0; round < 2; ++round) {
       std::int64_t atom = 0;
-      for (std::int64_t begin = first_edge; begin < last_edge; begin += kBlock) {
-        const std::int64_t end = std::min(begin + kBlock, last_edge);
+      for (std::int64_t begin = first_edge; begin < last_edge; begin += kEdgesABlock) {
+        const std::int64_t end = std::min(begin + kEdgesABlock, last_edge);
         while (row_ptr_[atom + 1] <= begin) ++atom;
-        if (round == 0 || last_edge - first_edge > kBlock) load(atom, begin, end);
+        if (round == 0 || last_edge - first_edge > kEdgesABlock) load(atom, begin, end);
         for (int n = 0; n < bases_.count; ++n) {
-          multiply_all(end - begin, edges_->weight, profile_of(n, 0), profile_of(n, 1), profile_of(n, 2),
-                       edges_->term);
-          const double* term = edges_->term;
-          double* received = &once[n * num_atoms_];
+          EdgeBlock& edges = edges_[0];
+          multiply_all(end - begin, edges.weight, profile_of(n, 0), profile_of(n, 1), profile_of(n, 2),
+                       edges.term);
+          double* once = &once_[n * num_atoms_];
           if (round == 0) {
-            add(atom, begin, end, received, [&](std::int64_t e) { return term[e]; });
+            add(atom, begin, end, once, [&](std::int64_t e) { return edges.term[e]; });
           } else {
-            const double* sent = received;
-            add(atom, begin, end, &twice[n * num_atoms_],
-                [&](std::int64_t e) { return term[e] * sent[edges_->target[e]]; });
+            add(atom, begin, end, &twice_[n * num_atoms_],
+                [&](std::int64_t e) { return edges.term[e] * once[edges.target[e]]; });
           }
         }
       }
     }
-    std::vector<double> signature(bases_.count, 0.0);
+    double signature[kMaxBases] = {};
     for (int n = 0; n < bases_.count; ++n) {
-      const double* message = &twice[n * num_atoms_];
+      const double* message = &twice_[n * num_atoms_];
       for (std::int64_t i = 0; i < num_atoms_; ++i) signature[n] += message[i] * message[i];
     }
-    return signature;
+    return greatest_signature(signature, bases_.count);
   }
 
- private:
-  const double* profile_of(int n, int m) const {
-    return profiles_.get() + profile_of_[m][bases_.basis[n].row[m]] * block_size_;
-  }
-
-  // Edges begin to end, the first of them an edge of `atom`.
-  void load(std::int64_t atom, std::int64_t begin, std::int64_t end) {
-    const std::int64_t count = end - begin;
-    for (; atom < num_atoms_ && row_ptr_[atom] < end; ++atom) {
-      const double start = start_weight(numbers_[atom]);
-      const std::int64_t stop = std::min(row_ptr_[atom + 1], end);
-      for (std::int64_t e = std::max(row_ptr_[atom], begin); e < stop; ++e) {
-        const auto target = static_cast<std::int32_t>(target_[e] - first_atom_);
-        edges_->x[e - begin] = edge_vec_[3 * e];
-        edges_->y[e - begin] = edge_vec_[3 * e + 1];
-        edges_->z[e - begin] = edge_vec_[3 * e + 2];
-        edges_->weight[e - begin] = start * end_weight(numbers_[target]);
-        edges_->target[e - begin] = target;
+  // Which profiles of which vectors the bases need.
+  void choose_profiles() {
+    std::size_t count = 0;
+    for (int m = 0; m < 3; ++m) {
+      std::fill_n(profile_index_[m], kVectors, -1);
+      for (int n = 0; n < bases_.count; ++n) {
+        int& index = profile_index_[m][bases_.basis[n].row[m]];
+        if (index < 0) index = static_cast<int>(count++);
       }
     }
-    look_at_all(count, *edges_);
+    profiles_.resize(count * kEdgesABlock);
+  }
+  const double* profile_of(int n, int m) const {
+    return profiles_.data() + profile_index_[m][bases_.basis[n].row[m]] * kEdgesABlock;
+  }
+
+  // Call visit(i, k, stop) for the atoms that edges begin to end start from, the first of them `atom`: the
+  // edges of i are k to stop, counted from the first one of all.
+  template <class Visit>
+  void for_each_row(std::int64_t atom, std::int64_t begin, std::int64_t end, const Visit& visit) const {
+    for (; atom < num_atoms_ && row_ptr_[atom] < end; ++atom) {
+      visit(atom, std::max(row_ptr_[atom], begin) - begin, std::min(row_ptr_[atom + 1], end) - begin);
+    }
+  }
+
+  void load(std::int64_t atom, std::int64_t begin, std::int64_t end) {
+    EdgeBlock& edges = edges_[0];
+    for_each_row(atom, begin, end, [&](std::int64_t i, std::int64_t k, std::int64_t stop) {
+      const double start = start_weight(numbers_[i]);
+      for (; k < stop; ++k) {
+        const double* vector = motif_.edge_vec + 3 * (begin + k);
+        const auto target = static_cast<std::int32_t>(motif_.target[begin + k] - first_atom_);
+        edges.x[k] = vector[0];
+        edges.y[k] = vector[1];
+        edges.z[k] = vector[2];
+        edges.weight[k] = start * ends_[target];
+        edges.target[k] = target;
+      }
+    });
+    look_at_all(end - begin, edges);
     for (int m = 0; m < 3; ++m) {
       for (int v = 0; v < bases_.num_vectors; ++v) {
-        const int index = profile_of_[m][v];
-        if (index >= 0) {
-          profile_all(count, *edges_, bases_.unit[v], m, profiles_.get() + index * block_size_);
-        }
+        const int index = profile_index_[m][v];
+        if (index >= 0) profile_all(end - begin, edges, bases_.unit[v], m, &profiles_[index * kEdgesABlock]);
       }
     }
   }
@@ -144,54 +169,38 @@ class Signatures {
   template <class Term>
   void add(std::int64_t atom, std::int64_t begin, std::int64_t end, double* received,
            const Term& term) const {
-    for (; atom < num_atoms_ && row_ptr_[atom] < end; ++atom) {
-      const std::int64_t stop = std::min(row_ptr_[atom + 1], end);
-      double sum = received[atom];
-      for (std::int64_t e = std::max(row_ptr_[atom], begin); e < stop; ++e) sum += term(e - begin);
-      received[atom] = sum;
-    }
+    for_each_row(atom, begin, end, [&](std::int64_t i, std::int64_t k, std::int64_t stop) {
+      double sum = received[i];
+      for (; k < stop; ++k) sum += term(k);
+      received[i] = sum;
+    });
   }
 
-  const std::int64_t* numbers_;
-  const std::int64_t* target_;
-  const double* edge_vec_;
-  const std::int64_t* row_ptr_;
-  const std::int64_t first_atom_, num_atoms_;
-  const LatticeBases& bases_;
-  const std::int64_t block_size_;
-  std::unique_ptr<EdgeBlock> edges_;
-  int profile_of_[3][kVectors];
-  std::unique_ptr<double[]> profiles_;
+  const Crystals& crystals_;
+  const Motif& motif_;
+  // The crystal at work.
+  std::int64_t first_atom_ = 0, num_atoms_ = 0;
+  const std::int64_t* numbers_ = nullptr;
+  const std::int64_t* row_ptr_ = nullptr;
+  PrimitiveLattice lattice_;
+  LatticeBases bases_;
+  int profile_index_[3][kVectors];  // of the m-th profile of a vector, -1 for those not needed
+  Buffer<Vec3> coordinates_;
+  Buffer<std::int32_t> bins_;
+  Buffer<EdgeBlock> edges_;
+  Buffer<double> ends_, profiles_, once_, twice_;  // by atom; by edge of the block; by basis and atom
 };
-
-Mat3 lattice_frame(const Crystals& crystals, std::int64_t b, const Motif& motif) {
-  const OneThread group;
-  const std::int64_t first = crystals.first_atom(b), num_atoms = crystals.num_atoms(b);
-  const bool* pbc = crystals.pbc + 3 * b;
-  const CrystalView crystal = {num_atoms, motif.numbers + first, crystals.frac_coords + 3 * first,
-                               crystals.lattice(b), pbc};
-  std::vector<Vec3> coordinates(num_atoms);
-  std::vector<std::int32_t> bins(2 * num_atoms);
-  PrimitiveLattice lattice;
-  primitive_lattice(group, crystal, reduce_cell(crystals, b),
-                    {coordinates.data(), bins.data(), bins.data() + num_atoms}, lattice);
-  LatticeBases bases;
-  preferred_bases(group, lattice, crystal.cell, pbc, bases);
-  int best = 0;
-  if (bases.count > 1) {
-    const std::vector<double> signature = Signatures(motif, first, num_atoms, bases).compute();
-    best = greatest_signature(signature.data(), bases.count);
-  }
-  const Basis& basis = bases.basis[best];
-  return {{bases.vector[basis.row[0]], bases.vector[basis.row[1]], bases.vector[basis.row[2]]}};
-}
 
 }  // namespace
 
 std::vector<Mat3> lattice_frames(const Crystals& crystals, const Motif& motif, int threads) {
   std::vector<Mat3> frames(crystals.count);
-  for_each_crystal(crystals.count, threads,
-                   [&](std::int64_t b) { frames[b] = lattice_frame(crystals, b, motif); });
+  std::vector<FrameChooser> choosers;
+  for (int worker = 0; worker < worker_count(threads); ++worker) choosers.emplace_back(crystals, motif);
+  for_each_block(crystals.count, kCrystalsABlock, threads,
+                 [&](int worker, std::int64_t begin, std::int64_t end) {
+                   for (std::int64_t b = begin; b < end; ++b) frames[b] = choosers[worker].choose(b);
+                 });
   return frames;
 }
 
