@@ -6,6 +6,7 @@
 // Warp-wide operations take the full mask alone. Atomic operations are plain ones: blocks follow one another.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <array>
@@ -28,8 +29,12 @@ struct Dim3 {
 
 enum class State { kReady, kAtWarp, kAtBlock, kDone };
 
+// A context starts a thread on a stack of its own; from then on jumps, which cost no system call, change
+// threads.
 struct Thread {
   ucontext_t context;
+  jmp_buf resume;
+  bool started = false;
   std::vector<char> stack = std::vector<char>(kStackSize);
   Dim3 index{0, 0, 0};
   State state = State::kReady;
@@ -64,11 +69,12 @@ class Block {
       Thread& thread = threads_[t];
       thread.index = {t, 0, 0};
       thread.state = State::kReady;
+      thread.started = false;
       thread.warp_operations = 0;
       getcontext(&thread.context);
       thread.context.uc_stack.ss_sp = thread.stack.data();
       thread.context.uc_stack.ss_size = thread.stack.size();
-      thread.context.uc_link = &scheduler_;
+      thread.context.uc_link = nullptr;
       makecontext(&thread.context, &Block::enter, 0);
     }
     for (bool reverse = false; step(reverse); reverse = !reverse) release();
@@ -81,7 +87,7 @@ class Block {
   void wait(State state, const char* operation) {
     thread().state = state;
     thread().operation = operation;
-    swapcontext(&thread().context, &scheduler_);
+    if (_setjmp(thread().resume) == 0) _longjmp(scheduler_, 1);
   }
 
   Dim3 grid_size, size, index;
@@ -91,6 +97,14 @@ class Block {
     Block& block = *current();
     (*block.body_)();
     block.thread().state = State::kDone;
+    _longjmp(block.scheduler_, 1);
+  }
+
+  void resume(Thread& thread) {
+    if (_setjmp(scheduler_) != 0) return;
+    if (thread.started) _longjmp(thread.resume, 1);
+    thread.started = true;
+    setcontext(&thread.context);
   }
 
   // Let every thread that can go on do so; false once all have ended.
@@ -99,7 +113,7 @@ class Block {
     const std::size_t count = threads_.size();
     for (std::size_t n = 0; n < count; ++n) {
       running_ = reverse ? count - 1 - n : n;
-      if (thread().state == State::kReady) swapcontext(&scheduler_, &thread().context);
+      if (thread().state == State::kReady) resume(thread());
       alive |= thread().state != State::kDone;
     }
     return alive;
@@ -135,7 +149,7 @@ class Block {
   std::vector<Thread> threads_;
   std::vector<Warp> warps_;
   const std::function<void()>* body_ = nullptr;
-  ucontext_t scheduler_;
+  jmp_buf scheduler_;
   std::size_t running_ = 0;
 };
 

@@ -170,7 +170,7 @@ extern "C" __global__ void __launch_bounds__(mgt::kMostThreads)
     for (std::int64_t i = first + threadIdx.x; i < last; i += blockDim.x) {
       const Vec3 frac = load_vector(frac_coords, i);
       if (!(usable(frac.x) && usable(frac.y) && usable(frac.z))) {
-        bad_atom = 1;
+        atomicMax(&bad_atom, 1);
         break;
       }
       const Vec3 u = wrapped(i).coordinate;

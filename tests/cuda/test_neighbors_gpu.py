@@ -1,4 +1,8 @@
-"""The neighbour list on a GPU: equal to the host's, without waiting for the device, and captured."""
+"""The neighbour list on a GPU: equal to the host's, without waiting for the device, and captured.
+
+Memory and races are checked by `PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m
+pytest tests/cuda -k odd`, and the same with `--tool racecheck`.
+"""
 
 from dataclasses import replace
 from pathlib import Path
