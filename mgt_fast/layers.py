@@ -262,7 +262,7 @@ class EquivariantUpdate(nn.Module):
         scalars = self.node_linear(node)
         mean, first, second = tensor_product_1(
             scalars,
-            softplus(fc[0](edge)),
+            softplus(fc[0](edge), backend=index.backend),
             edge_vec,
             fc[2].weight,
             fc[2].bias,
@@ -295,7 +295,7 @@ class EquivariantUpdate(nn.Module):
         features = self.features(node, edge, edge_vec, index)
         scalars = tensor_product_2(
             features,
-            softplus(fc[0](edge)),
+            softplus(fc[0](edge), backend=index.backend),
             edge_vec,
             fc[2].weight,
             fc[2].bias,
@@ -304,4 +304,5 @@ class EquivariantUpdate(nn.Module):
             index.target,
             backend=index.backend,
         )
-        return node + softplus(self.node_linear_2(softplus(self.bn(scalars)))), features[1]
+        scalars = softplus(self.bn(scalars), backend=index.backend)
+        return node + softplus(self.node_linear_2(scalars), backend=index.backend), features[1]
