@@ -1,10 +1,6 @@
 """The CUDA neighbour list without a GPU: its kernels' source runs on the host, block by block."""
 
-import importlib.util
-import re
-import subprocess
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +11,7 @@ from hypothesis import strategies as st
 from test_neighbor_list import CUBIC, FAULTS, all_pairs, with_frac
 from test_neighbor_list import crystals as crystals_of_any_shape
 
-from mgt_fast import _C, CrystalBatch, graph, neighbor_list, neighbors_cuda
-from mgt_fast.cuda_module import CudaModule
+from mgt_fast import CrystalBatch, graph, neighbor_list, neighbors_cuda
 
 _emulated = pytest.importorskip("mgt_fast._emulated", reason="built by editable installs on Linux")
 
@@ -237,53 +232,3 @@ def test_the_emulation_tells_lanes_that_went_apart():
         _emulated.launch("odd_lanes_alone", 1, 16)
     with pytest.raises(TypeError, match="takes 0 arguments, not 1"):
         _emulated.launch("odd_lanes_alone", 1, 32, 7)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("cupy") is not None, reason="CuPy is installed")
-def test_without_cupy_the_extra_is_named():
-    with pytest.raises(RuntimeError, match=r"pip install 'mgt-fast\[cuda\]'"):
-        CudaModule("neighbor_list").launch("count_edges", 1, 128, torch.zeros(1))
-
-
-@pytest.mark.parametrize("name", ["lattice_frame", "neighbor_list"])
-def test_the_source_travels_along_for_nvrtc(name):
-    module = CudaModule(name)
-    folder = Path(_C.__file__).with_name("csrc")
-    assert "--fmad=false" in module.nvrtc_options
-    waiting, seen = [module.source], set()
-    while waiting:  # every header that is included has been installed
-        for name in re.findall(r'#include "(.+)"', waiting.pop()):
-            if name not in seen:
-                seen.add(name)
-                waiting.append((folder / name).read_text())
-    assert {"geometry.hpp", "neighbor_device.hpp"} <= seen
-
-
-def built(name):
-    return Path(_C.__file__).with_name(f"{name}.fatbin")
-
-
-@pytest.mark.skipif(
-    not built("neighbor_list").exists(), reason="nvcc was not there when the package was built"
-)
-@pytest.mark.parametrize(
-    ("name", "kernels", "most_registers", "most_stack"),
-    [
-        ("neighbor_list", {"find_shells", "count_edges", "fill_edges"}, 80, 0),  # 24 warps a multiprocessor
-        ("lattice_frame", {"choose_frames"}, 128, 80),  # 4 blocks; on the stack are only arrays with an index
-    ],
-)
-def test_kernels_keep_everything_in_registers(name, kernels, most_registers, most_stack):
-    triton = pytest.importorskip("triton")
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    report = subprocess.run(
-        [tool, "--dump-resource-usage", built(name)], capture_output=True, text=True, check=True
-    ).stdout
-    usage = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", report)
-    assert {"sm_80", "sm_90"} <= set(re.findall(r"arch = (sm_\d+)", report))
-    hot = [row for row in usage if row[0] in kernels]
-    assert len(hot) == 2 * len(kernels)
-    for kernel, registers, stack, _, local in hot:
-        assert local == "0", kernel
-        assert int(stack) <= most_stack, kernel
-        assert int(registers) <= most_registers, kernel
