@@ -2,6 +2,7 @@
 // from the system cost an edge list more time than all its arithmetic.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstring>
 #include <type_traits>
@@ -84,7 +85,10 @@ class Arena {
       ++chunk_;
       used_ = 0;
     }
-    if (chunk_ == chunks_.size()) chunks_.emplace_back(bytes > kChunk ? bytes : kChunk);
+    if (chunk_ == chunks_.size()) {  // as large as all before it together, so that there are few
+      chunks_.emplace_back(std::max({bytes, kChunk, size_}));
+      size_ += chunks_.back().size();
+    }
     return reinterpret_cast<T*>(chunks_[chunk_].data() + used_);
   }
   template <class T>
@@ -102,7 +106,7 @@ class Arena {
  private:
   static constexpr std::size_t kChunk = std::size_t{1} << 20, kAlign = 64;
   std::vector<Buffer<std::byte>> chunks_;
-  std::size_t chunk_ = 0, used_ = 0;
+  std::size_t chunk_ = 0, used_ = 0, size_ = 0;
 };
 
 }  // namespace mgt

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from crystals import Crystal, batch_of, described_anew, prototype_structures, prototypes, supercell
+from crystals import Crystal, batch_of, described_anew, prototypes, supercell
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mgt_fast import CrystalBatch, neighbor_list
+from mgt_fast import _C, CrystalBatch, neighbor_list
 
 CUBIC = Crystal(np.array([84]), np.zeros((1, 3)), 3.0 * np.eye(3))
 
@@ -94,22 +94,85 @@ def test_nearest_mode_finds_what_trying_all_images_finds(crystal, k):
     assert_equal(neighbor_list(batch_of(crystal), max_neighbors=k), expected)
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.floats(1, 10), st.floats(15, 60), st.integers(1, 3), st.integers(0, 2**32 - 1))
+def test_angles_down_to_a_degree(degrees, length, n_atoms, seed):
+    rng = np.random.default_rng(seed)
+    angle = math.radians(degrees)
+    cell = np.array([[length, 0, 0], [math.cos(angle) * length, math.sin(angle) * length, 0], [1, 2, 6]])
+    crystal = Crystal(np.full(n_atoms, 6), rng.uniform(-1, 2, (n_atoms, 3)), cell[rng.permutation(3)])
+    assume(not len(all_pairs(crystal, 0.02)[0]))
+    cutoff = rng.uniform(2, 5)
+    assert_equal(neighbor_list(batch_of(crystal), cutoff=cutoff), all_pairs(crystal, cutoff))
+
+
+def large_crystal(n_atoms, seed=0):
+    """Atoms at random places of a grid in a skewed cell, 11 Å^3 each, some of them outside."""
+    rng = np.random.default_rng(seed)
+    side = math.ceil(n_atoms ** (1 / 3))
+    cell = np.array([[9.0, 0, 0], [4.0, 11.0, 0], [-7.0, 3.0, 8.0]]) * (11 * n_atoms / 792) ** (1 / 3)
+    grid = np.stack(np.meshgrid(*[np.arange(side)] * 3), -1).reshape(-1, 3)[:n_atoms]
+    frac = (grid + rng.uniform(0, 0.6, (n_atoms, 3))) / side + rng.integers(0, 2, (n_atoms, 3))
+    return Crystal(np.full(n_atoms, 6), frac, cell)
+
+
 @pytest.mark.parametrize(
     "pbc", [(True, True, True), (True, True, False), (False, True, False), (False, False, False)]
 )
-def test_large_cells_are_searched_through_bins(pbc):
-    rng = np.random.default_rng(0)
-    cell = np.array([[9.0, 0, 0], [4.0, 11.0, 0], [-7.0, 3.0, 8.0]])
-    grid = np.stack(np.meshgrid(*[np.arange(5)] * 3), -1).reshape(-1, 3)[:70]
-    crystal = Crystal(
-        np.full(70, 6), (grid + rng.uniform(0, 0.6, (70, 3))) / 5 + rng.integers(0, 2, (70, 3)), cell
-    )
-    if not all(pbc):
+@pytest.mark.parametrize("n_atoms", [70, 500])
+def test_large_cells(n_atoms, pbc):
+    crystal = large_crystal(n_atoms)
+    if n_atoms == 500 or not all(pbc):
         crystal = crystal._replace(frac=crystal.frac % 1)
     batch = batch_of(crystal, pbc=pbc)
-    for cutoff in (1.0, 4.0, 9.0):  # bins narrower and wider than the cell
+    for cutoff in (1.2, 4.0, 9.0) if n_atoms == 70 else (1.2, 2.5):  # shorter and longer than the cell
         assert_equal(neighbor_list(batch, cutoff=cutoff), all_pairs(crystal, cutoff, pbc))
-    assert_equal(neighbor_list(batch, max_neighbors=12), whole_shells(crystal, 12, pbc=pbc))
+    if n_atoms == 70:
+        assert_equal(neighbor_list(batch, max_neighbors=12), whole_shells(crystal, 12, pbc=pbc))
+
+
+MODES = {
+    "cutoff": {"cutoff": 5.0},
+    "half": {"cutoff": 4.0, "half": True},
+    "nearest": {"max_neighbors": 25, "shell_margin": True},
+    "many nearest": {"max_neighbors": 300},
+}
+
+
+def assert_same(one, other):
+    for name, value in vars(one).items():
+        assert (value is None and getattr(other, name) is None) or torch.equal(value, getattr(other, name)), (
+            name
+        )
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+@pytest.mark.parametrize("kernels", ["portable", "avx2", "avx512"])
+def test_every_vector_unit_has_the_same_result(kernels, mode):
+    widest = _C.vector_kernels()
+    batch = batch_of(*[c for _, c in prototypes(24)][::3], large_crystal(1500))
+    expected = neighbor_list(batch, **mode)
+    try:
+        _C.use_vector_kernels(kernels)
+    except ValueError as error:
+        pytest.skip(str(error))
+    try:
+        assert _C.vector_kernels() == kernels
+        assert_same(neighbor_list(batch, **mode), expected)
+    finally:
+        _C.use_vector_kernels(widest)
+
+
+def test_a_list_outlives_the_next_calls():
+    """Memory is used again, but not while someone holds it."""
+    batch = batch_of(*[c for _, c in prototypes(40)])
+    first = neighbor_list(batch, cutoff=6.0)
+    kept = {name: value.clone() for name, value in vars(first).items() if value is not None}
+    view = neighbor_list(batch, cutoff=6.0).edge_vec[1:]
+    for cutoff in (5.0, 6.0, 7.0):
+        neighbor_list(batch, cutoff=cutoff)
+    assert all(torch.equal(getattr(first, name), value) for name, value in kept.items())
+    assert torch.equal(view, first.edge_vec[1:])
 
 
 def test_ten_thousand_atoms():
@@ -128,29 +191,22 @@ def test_ten_thousand_atoms():
     assert neighbors.row_ptr.diff().unique().tolist() == [16]  # 4 + 12: two whole shells
 
 
-@pytest.mark.parametrize("cutoff", [3.0, 7.0])
-def test_agrees_with_pymatgen_on_real_structures(cutoff):
-    structures = [s for s in prototype_structures() if len(s) <= 40][::3]
-    neighbors = neighbor_list(CrystalBatch.from_structures(structures), cutoff=cutoff)
-    distances = np.linalg.norm(neighbors.edge_vec.numpy(), axis=1)
-    atom = 0
-    for structure in structures:
-        i, j, shift, d = structure.get_neighbor_list(cutoff)
-        order = np.lexsort((*shift.T[::-1], j, i))
-        edges = slice(int(neighbors.row_ptr[atom]), int(neighbors.row_ptr[atom + len(structure)]))
-        np.testing.assert_array_equal(
-            neighbors.edge_index[:, edges].numpy() - atom, np.stack([i, j])[:, order]
-        )
-        np.testing.assert_array_equal(neighbors.cell_shift[edges].numpy(), shift[order])
-        np.testing.assert_allclose(distances[edges], d[order], atol=1e-8)
-        atom += len(structure)
-
-
 @pytest.mark.parametrize("half", [False, True])
 def test_a_shell_right_on_the_cutoff_counts(half):
     share = 2 if half else 1
     assert neighbor_list(batch_of(CUBIC), cutoff=3.0, half=half).edge_vec.shape[0] == 6 // share
     assert neighbor_list(batch_of(CUBIC), cutoff=math.nextafter(3.0, 0), half=half).edge_vec.shape[0] == 0
+
+
+@pytest.mark.parametrize("crystal", [CUBIC, supercell(CUBIC, (3, 2, 1)), supercell(CUBIC, (7, 8, 9))])
+def test_pairs_within_rounding_of_the_cutoff_are_decided_in_double_precision(crystal):
+    n_atoms = len(crystal.frac)
+    points = 3.0 * (np.indices((7, 7, 7)).reshape(3, -1).T - 3)
+    for n in (1, 2, 3, 5, 6, 8):  # d^2 = 9 n, without rounding
+        middle = 3.0 * math.sqrt(n)
+        for cutoff in (math.nextafter(middle, 0), middle, math.nextafter(middle, 9), middle * (1 - 1e-7)):
+            within = np.count_nonzero((points**2).sum(1) <= cutoff * cutoff) - 1
+            assert neighbor_list(batch_of(crystal), cutoff=cutoff).edge_vec.shape[0] == within * n_atoms
 
 
 def test_shells_stay_whole_under_noise():
@@ -238,12 +294,23 @@ def test_shell_margin_is_the_distance_of_the_nearest_shell_from_the_boundary():
     np.testing.assert_allclose(far.shell_margin, 1e-4, rtol=1e-6)
 
 
-def test_the_result_does_not_depend_on_threads():
-    batch = batch_of(*[c for _, c in prototypes(40)])
-    for mode in ({"cutoff": 5.0}, {"max_neighbors": 25, "shell_margin": True}):
-        one, many = (neighbor_list(batch, threads=n, **mode) for n in (1, 7))
-        for name, value in vars(one).items():
-            assert (value is None and getattr(many, name) is None) or torch.equal(value, getattr(many, name))
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_the_result_does_not_depend_on_threads(mode):
+    # The large crystal is worked on by all threads together.
+    batch = batch_of(*[c for _, c in prototypes(24)][::3], large_crystal(3000), CUBIC)
+    one, many = (neighbor_list(batch, threads=n, **mode) for n in (1, 7))
+    assert_same(one, many)
+
+
+def test_the_first_crystal_at_fault_is_named_whatever_the_threads():
+    twice = large_crystal(3000)
+    twice = twice._replace(frac=np.concatenate([twice.frac[:-1], twice.frac[:1]]))
+    flat = CUBIC._replace(cell=np.diag([3, 3, 1e-9]))
+    for first, second, message in ((twice, flat, "atom 0 and atom 2999 are"), (flat, twice, "volume")):
+        batch = batch_of(*[CUBIC] * 9, first, *[CUBIC] * 9, second)
+        for threads in (1, 3):
+            with pytest.raises(ValueError, match=f"structure '9': .*{message}"):
+                neighbor_list(batch, cutoff=4.0, threads=threads)
 
 
 def test_no_crystals_have_no_neighbours():
