@@ -14,7 +14,7 @@ import pytest
 import torch
 from graphs import bundled_crystals
 
-from mgt_fast import CrystalBatch, neighbor_list
+from mgt_fast import CrystalBatch, build_graph, neighbor_list
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -24,6 +24,16 @@ CUTOFF = 6.0  # Å
 def crystals_on_device(count) -> CrystalBatch:
     dataset, order = bundled_crystals()
     return dataset.gather(order[np.arange(count) % len(order)]).to("cuda")
+
+
+def silicon_on_device(repeats) -> CrystalBatch:
+    """A crystal of 8 repeats^3 atoms."""
+    face = np.array([[0, 0, 0], [0, 2, 2], [2, 0, 2], [2, 2, 0]]) / 4
+    cell = np.concatenate([face, face + 0.25])
+    shifts = np.stack(np.meshgrid(*[np.arange(repeats)] * 3), -1).reshape(-1, 1, 3)
+    frac = ((shifts + cell) / repeats).reshape(-1, 3)
+    lattice = 5.43 * repeats * np.eye(3)[None]
+    return CrystalBatch.from_arrays(np.full(len(frac), 14), frac, lattice, [len(frac)]).to("cuda")
 
 
 def positions_of(crystals) -> torch.Tensor:
@@ -104,26 +114,41 @@ def measure(benchmark, run, size):
 @pytest.mark.parametrize("rival", [ours, ours_captured, nvalchemi, vesin], ids=lambda f: f.__name__)
 def bench_radius_on_gpu(benchmark, size, rival):
     benchmark.group = f"all pairs within {CUTOFF} Å, {size} crystals, GPU"
-    crystals = crystals_on_device(size)
+    compare(benchmark, rival, crystals_on_device(size))
+
+
+@pytest.mark.parametrize("rival", [ours, ours_captured, nvalchemi, vesin], ids=lambda f: f.__name__)
+def bench_large_crystal_on_gpu(benchmark, request, rival):
+    repeats = 3 if request.config.getoption("smoke") else 24
+    benchmark.group = f"all pairs within {CUTOFF} Å, {8 * repeats**3} atoms of silicon, GPU"
+    compare(benchmark, rival, silicon_on_device(repeats))
+
+
+def compare(benchmark, rival, crystals):
+    """Time the rival once its answer is that of the others."""
     expected = neighbor_list(crystals, cutoff=CUTOFF).edge_vec.shape[0]
     find, count = rival(crystals)
     # A pair right on the cutoff may fall on the other side in float32.
     assert count(find()) == pytest.approx(expected, rel=1e-4 if rival is nvalchemi else 0)
-    measure(benchmark, find, size)
+    measure(benchmark, find, len(crystals))
+    benchmark.extra_info["ns_per_pair"] = 1e9 * benchmark.stats.stats.median / expected
 
 
 @pytest.mark.parametrize("k", [12, 25])
 @pytest.mark.parametrize("replayed", [False, True], ids=["exact", "captured"])
-def bench_nearest_on_gpu(benchmark, size, k, replayed):
-    benchmark.group = f"{k} nearest neighbours in whole shells, {size} crystals, GPU"
+@pytest.mark.parametrize("build", [neighbor_list, build_graph], ids=lambda f: f.__name__)
+def bench_nearest_on_gpu(benchmark, size, build, k, replayed):
+    """Whole shells of the k nearest neighbours, and the graph, which has the lattice frame besides."""
+    benchmark.group = f"{k} nearest neighbours, {size} crystals, GPU"
     crystals = crystals_on_device(size)
-    n_edges = neighbor_list(crystals, max_neighbors=k).edge_vec.shape[0]
-    run = lambda: neighbor_list(crystals, max_neighbors=k)  # noqa: E731
+    n_edges = build(crystals, max_neighbors=k).edge_vec.shape[0]
+
+    def run(max_edges=None):
+        return build(crystals, max_neighbors=k, max_edges=max_edges)
+
     if replayed:
-        graph, found = captured(
-            lambda: neighbor_list(crystals, max_neighbors=k, max_edges=int(1.1 * n_edges))
-        )
-        run = graph.replay
-        run()
+        graph, found = captured(lambda: run(int(1.1 * n_edges)))
+        graph.replay()
         assert found.status.check() == n_edges
+        run = graph.replay
     measure(benchmark, run, size)
