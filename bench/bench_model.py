@@ -57,7 +57,9 @@ def cases(smoke: bool) -> list[Case]:
     """What is run here, in order of value."""
     rivals = EAGER_RIVALS + COMPILED_RIVALS
     if smoke:
-        sizes, rivals = [("training step", 16, 20, 1)], EAGER_RIVALS + COMPILED_RIVALS[:1]
+        sizes = [("training step", 16, 20, 1)]
+        if not torch.cuda.is_available():
+            rivals = (*CPU_RIVALS, Rival("triton"), *COMPILED_RIVALS[:1])
     elif torch.cuda.is_available():
         sizes = [
             ("training step", 256, 100_000, 1),

@@ -74,12 +74,14 @@ class Operation:
         inputs: bytes of the inputs that have a gradient.
         outputs: bytes of the outputs.
         constants: bytes of the other inputs.
+        linear: whether the backward pass only spreads the gradient, without products and without the inputs.
     """
 
     flops: float
     inputs: float
     outputs: float
     constants: float = 0.0
+    linear: bool = False
 
     @property
     def forward(self) -> Cost:
@@ -89,6 +91,8 @@ class Operation:
     @property
     def backward(self) -> Cost:
         """Cost of the backward pass."""
+        if self.linear:
+            return Cost(0.0, self.inputs + self.constants + self.outputs)
         return Cost(2 * self.flops, 2 * self.inputs + self.constants + self.outputs)
 
 
@@ -154,10 +158,14 @@ def residual_norm(sizes: Sizes, rows: int) -> Operation:
 
 
 def segment_sum(sizes: Sizes, rows: int, segments: int) -> Operation:
-    """Sum of (rows, C) to (segments, C); its gradient is a copy of rows."""
+    """Sum of (rows, C) to (segments, C)."""
     C, s = sizes.channels, sizes.itemsize
     return Operation(
-        flops=rows * C, inputs=s * rows * C, outputs=s * segments * C, constants=INDEX * (rows + segments)
+        flops=rows * C,
+        inputs=s * rows * C,
+        outputs=s * segments * C,
+        constants=INDEX * (rows + segments),
+        linear=True,
     )
 
 

@@ -20,7 +20,7 @@ def bundled_crystals() -> tuple[CrystalDataset, np.ndarray]:
     return dataset, np.random.default_rng(0).permutation(len(dataset))
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=4)
 def real_graph(num_edges: int = 0, num_crystals: int = 1) -> CrystalGraph:
     """Graph of bundled crystals in a fixed random order, in float32 on the benchmarks' device.
 

@@ -87,6 +87,7 @@ class Runner:
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-5, fused=device().type == "cuda")
         self.model = self.network
         if rival.compiled:
+            torch._dynamo.config.recompile_limit = 64  # beyond it the rest would silently run uncompiled
             self.model = torch.compile(self.network, dynamic=True, backend=compiler)
 
     @property
