@@ -114,18 +114,23 @@ py::dict neighbor_list(const Batch& batch, double cutoff, std::int64_t max_neigh
       batch.num_atoms);
 }
 
-py::array_t<double> lattice_frames(const Batch& batch, const Array<std::int64_t>& numbers,
-                                   const Array<std::int64_t>& edge_index, const Array<double>& edge_vec,
-                                   const Array<std::int64_t>& row_ptr, int threads) {
-  const py::ssize_t num_edges = edge_vec.ndim() == 2 ? edge_vec.shape(0) : -1;
+py::dict crystal_graph(const Batch& batch, const Array<std::int64_t>& numbers, std::int64_t max_neighbors,
+                       double shell_tolerance, int threads) {
   require(numbers, "numbers", {batch.num_atoms});
-  require(edge_vec, "edge_vec", {num_edges, 3});
-  require(edge_index, "edge_index", {2, num_edges});
-  require(row_ptr, "row_ptr", {batch.num_atoms + 1});
-  const mgt::Motif motif{numbers.data(), edge_index.data() + num_edges, edge_vec.data(), row_ptr.data()};
-  auto frames =
-      batch.run([&](const mgt::Crystals& crystals) { return mgt::lattice_frames(crystals, motif, threads); });
-  return to_numpy<double>(std::move(frames), {batch.count, 3, 3});
+  mgt::NeighborOptions options;
+  options.max_neighbors = max_neighbors;
+  options.shell_tolerance = shell_tolerance;
+  options.threads = threads;
+  auto [list, frames] = batch.run([&](const mgt::Crystals& crystals) {
+    mgt::NeighborList found = mgt::neighbor_list(crystals, options);
+    const mgt::Motif motif{numbers.data(), found.edge_index.data() + found.edge_vec.size(),
+                           &found.edge_vec.data()->x, found.row_ptr.data()};
+    auto found_frames = mgt::lattice_frames(crystals, motif, threads);
+    return std::pair(std::move(found), std::move(found_frames));
+  });
+  py::dict result = to_dict(std::move(list), batch.num_atoms);
+  result["frame"] = to_numpy<double>(std::move(frames), {batch.count, 3, 3});
+  return result;
 }
 
 py::dict comformer_graph(const Batch& batch, std::int64_t max_neighbors, int threads) {
@@ -147,9 +152,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("neighbor_list", &neighbor_list, py::arg("batch"), py::kw_only(), py::arg("cutoff"),
         py::arg("max_neighbors"), py::arg("half"), py::arg("shell_tolerance"), py::arg("shell_margin"),
         py::arg("threads"));
-  m.def("lattice_frames", &lattice_frames, py::arg("batch"), py::arg("numbers").noconvert(),
-        py::arg("edge_index").noconvert(), py::arg("edge_vec").noconvert(), py::arg("row_ptr").noconvert(),
-        py::kw_only(), py::arg("threads"));
+  m.def("crystal_graph", &crystal_graph, py::arg("batch"), py::kw_only(), py::arg("numbers").noconvert(),
+        py::arg("max_neighbors"), py::arg("shell_tolerance"), py::arg("threads"));
   m.def("vector_kernels", [] { return mgt::vector_kernels().name; });
   m.def("use_vector_kernels", [](const char* name) {
     if (!mgt::use_vector_kernels(name)) {

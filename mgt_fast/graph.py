@@ -255,16 +255,23 @@ def build_graph(
     """
     if compat not in (None, "comformer"):
         raise ValueError(f"compat = {compat!r}; choose None or 'comformer'")
-    if compat == "comformer":
-        _check_count("max_neighbors", max_neighbors)
+    if compat is None and crystals.numbers.is_cuda:
+        neighbors = neighbor_list(crystals, max_neighbors=max_neighbors, threads=threads, max_edges=max_edges)
+        edges = neighbors.edge_index, neighbors.edge_vec, neighbors.row_ptr
+        first_fault = None if neighbors.status is None else neighbors.status.device_values[1:]
+        frame = frames_cuda.lattice_frames(crystals, *edges, first_fault)
+    else:
         if max_edges is not None:
-            raise ValueError("max_edges is for graphs built on a CUDA device, those of 'comformer' are not")
-        built = _C.comformer_graph(_arrays(crystals), max_neighbors=max_neighbors, threads=_threads(threads))
+            raise ValueError("max_edges is for graphs built on a CUDA device, and not for 'comformer'")
+        _check_count("max_neighbors", max_neighbors)
+        arrays, options = _arrays(crystals), {"max_neighbors": max_neighbors, "threads": _threads(threads)}
+        if compat == "comformer":
+            built = _C.comformer_graph(arrays, **options)
+        else:
+            numbers = crystals.numbers.contiguous().numpy()
+            built = _C.crystal_graph(arrays, numbers=numbers, shell_tolerance=SHELL_TOLERANCE, **options)
         frame = torch.from_numpy(built.pop("frame"))
         neighbors = NeighborList(**{name: torch.from_numpy(array) for name, array in built.items()})
-    else:
-        neighbors = neighbor_list(crystals, max_neighbors=max_neighbors, threads=threads, max_edges=max_edges)
-        frame = _lattice_frames(crystals, neighbors, threads)
     return CrystalGraph(
         numbers=crystals.numbers,
         edge_index=neighbors.edge_index,
@@ -276,15 +283,6 @@ def build_graph(
         ids=crystals.ids,
         status=neighbors.status,
     )
-
-
-def _lattice_frames(crystals: CrystalBatch, neighbors: NeighborList, threads: int | None) -> torch.Tensor:
-    edges = neighbors.edge_index, neighbors.edge_vec, neighbors.row_ptr
-    if crystals.numbers.is_cuda:
-        first_fault = None if neighbors.status is None else neighbors.status.device_values[1:]
-        return frames_cuda.lattice_frames(crystals, *edges, first_fault)
-    numbers, *edges = (tensor.numpy() for tensor in (crystals.numbers.contiguous(), *edges))
-    return torch.from_numpy(_C.lattice_frames(_arrays(crystals), numbers, *edges, threads=_threads(threads)))
 
 
 def _check_count(name: str, value: int) -> None:
