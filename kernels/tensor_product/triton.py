@@ -16,9 +16,9 @@ turned round: M_g = W x_g, `apply` over senders, `spread` over receivers; its gr
 senders, a dense product, and `apply`. Both add into one gradient of h. There is no E × weight_rows tensor; A
 and M, [K + 1, U] an atom, exist for a few thousand atoms at a time.
 
-One program is one atom (`outer` at K = 512: half of its channels). Its edges are read 32 at a time, since
-atoms have about 28, as the columns of tiles whose rows are channels or features: a Hopper matrix instruction
-wants 64 rows and is content with 8 columns.
+One program is one atom (`outer`: and some of the channels, which leaves registers for more programs). Its
+edges are read 32 at a time, since atoms have about 28, as the columns of tiles whose rows are channels or
+features: a Hopper matrix instruction wants 64 rows and is content with 8 columns.
 
 Work an edge, at b bytes a number and d edges an atom; in bfloat16 at d = 28 all of it is bound by memory:
     outer    2 K U FLOP;  K b + (K + 1) U b / d bytes, and features from the L2 cache
@@ -39,6 +39,10 @@ import triton.language as tl
 from ..launch import launch
 from ..precision import accumulator_dtype, dot_precision
 
+SQRT_3 = tl.constexpr(3**0.5)
+SQRT_15 = tl.constexpr(15**0.5)
+RSQRT_3 = tl.constexpr(3**-0.5)
+
 BLOCK_E = 32
 SCRATCH_BYTES = 128 * 2**20
 """Bound on A and M: above about 4,000 atoms (bfloat16, C = 256) the work goes in several rounds."""
@@ -57,12 +61,11 @@ def _direction(edge_vec, edge, mask, SUM: tl.constexpr):
 @triton.jit
 def _harmonics(x, y, z, m):
     """Component m of Y_1 (zero from m = 3 on) and of Y_2."""
-    zero = x * 0
-    first = tl.where(m == 0, x, tl.where(m == 1, y, tl.where(m == 2, z, zero)))
+    first = tl.where(m == 0, x, tl.where(m == 1, y, tl.where(m == 2, z, x * 0)))
     second = tl.where(m == 3, y * z, (z * z - x * x) * 0.5)
-    second = tl.where(m == 2, (y * y - (x * x + z * z) * 0.5) * 0.5773502691896258, second)
+    second = tl.where(m == 2, (y * y - (x * x + z * z) * 0.5) * RSQRT_3, second)
     second = tl.where(m == 0, x * z, tl.where(m == 1, x * y, second))
-    return first * 1.7320508075688772, second * 3.872983346207417
+    return first * SQRT_3, second * SQRT_15
 
 
 @triton.jit
@@ -94,6 +97,7 @@ def _outer_kernel(
     BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr,
     SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """One atom's A, BLOCK_K channels of it; the last row is the sum of the invariants."""
     group = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     s, v = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_V)
@@ -105,9 +109,7 @@ def _outer_kernel(
         mask = place < last
         edge = tl.load(order + place, mask=mask, other=0)
         atom = tl.load(other + edge, mask=mask, other=0)
-        h = tl.load(
-            hidden + edge[None, :] * K + k[:, None], mask=mask[None, :], other=0
-        )  # [BLOCK_K, BLOCK_E]
+        h = tl.load(hidden + edge[None, :] * K + k[:, None], mask=mask[None, :], other=0)  # [K, E]
         if S > 0:
             inside = mask[:, None] & (s < S)[None, :]
             part = tl.load(features + atom[:, None] * (S + 8 * V) + s[None, :], mask=inside, other=0)
@@ -139,6 +141,7 @@ def _apply_kernel(
     BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr,
     SUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Coefficients of one atom's edges, and the gradient of their hidden channels; either may be left out."""
     U: tl.constexpr = S + 2 * V
     group = tl.program_id(0).to(tl.int64)
     matrix += group * ((K + 1) * U)
@@ -170,7 +173,7 @@ def _apply_kernel(
             k = first_k + tl.arange(0, BLOCK_K)
             cells = edge[None, :] * K + k[:, None]
             if out is not None:
-                h = tl.load(hidden + cells, mask=columns, other=0)  # [BLOCK_K, BLOCK_E]
+                h = tl.load(hidden + cells, mask=columns, other=0)  # [K, E]
             if grad_hidden is not None:
                 grad = tl.zeros((BLOCK_K, BLOCK_E), SUM)
                 if ADD:
@@ -203,6 +206,7 @@ def _spread_kernel(
     S: tl.constexpr, V: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
+    """One atom's sum of coefficients, those of degree l times the harmonics."""
     U: tl.constexpr = S + 2 * V
     group = tl.program_id(0).to(tl.int64)
     s, v, m = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_V), tl.arange(0, 8)
@@ -246,6 +250,7 @@ def _turn_kernel(
     S: tl.constexpr, V: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_V: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
+    """Gradient of Σ_e c_e · s_e to the edge vectors, through the harmonics of their directions."""
     edge = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
     mask = edge < num_edges
     atom = tl.load(other + edge, mask=mask, other=0)[:, None]
@@ -258,12 +263,12 @@ def _turn_kernel(
     z1, yy = _slopes(c, features, atom, row, inside, 2, S, V)
     _, yz = _slopes(c, features, atom, row, inside, 3, S, V)
     _, zz = _slopes(c, features, atom, row, inside, 4, S, V)
-    yy *= 0.5773502691896258
+    yy *= RSQRT_3
     x, y, z, inverse = _direction(edge_vec, edge, mask, SUM)
     # With respect to the unit vector: √3 Y_1's, and √15 times that of the quadratic forms Y_2.
-    gx = 1.7320508075688772 * x1 + 3.872983346207417 * (z * xz + y * xy - x * (yy + zz))
-    gy = 1.7320508075688772 * y1 + 3.872983346207417 * (x * xy + z * yz + 2 * y * yy)
-    gz = 1.7320508075688772 * z1 + 3.872983346207417 * (x * xz + y * yz + z * (zz - yy))
+    gx = SQRT_3 * x1 + SQRT_15 * (z * xz + y * xy - x * (yy + zz))
+    gy = SQRT_3 * y1 + SQRT_15 * (x * xy + z * yz + 2 * y * yy)
+    gz = SQRT_3 * z1 + SQRT_15 * (x * xz + y * yz + z * (zz - yy))
     along = gx * x + gy * y + gz * z  # the length does not matter
     tl.store(out + 3 * edge, (gx - along * x) * inverse, mask=mask)
     tl.store(out + 3 * edge + 1, (gy - along * y) * inverse, mask=mask)
@@ -300,12 +305,15 @@ def _constants(dtype: torch.dtype, S: int, V: int) -> dict:
     }
 
 
-def _tile(hidden: torch.Tensor, S: int, block_k: int) -> dict:
-    """Compile-time arguments of a kernel with matrix products."""
-    return {
+def _tile(hidden: torch.Tensor, S: int, V: int, block_k: int) -> dict:
+    """Compile-time arguments of a kernel with matrix products; fewer channels a tile beside many features."""
+    constants = _constants(hidden.dtype, S, V)
+    block_s = triton.next_power_of_2(max(S, 16))
+    fitting = 2**14 // triton.next_power_of_2(block_s + constants["BLOCK_V"])
+    return constants | {
         "K": hidden.shape[1],
-        "BLOCK_K": min(hidden.shape[1], block_k),
-        "BLOCK_S": triton.next_power_of_2(max(S, 16)),
+        "BLOCK_K": min(hidden.shape[1], block_k, fitting),
+        "BLOCK_S": block_s,
         "PRECISION": dot_precision(),
     }
 
@@ -314,11 +322,11 @@ def _outer(hidden, features, edge_vec, edges: Edges, S: int, V: int) -> torch.Te
     """Launch `outer`, (n, (K + 1)·U)."""
     num_atoms, channels = edges.ptr.shape[0] - 1, hidden.shape[1]
     out = hidden.new_empty(num_atoms, (channels + 1) * (S + 2 * V))
-    block_k, warps = (256, 8) if hidden.dtype == torch.bfloat16 else (64, 4)
-    tile = _tile(hidden, S, block_k)
+    block_k, warps = (128, 8) if hidden.dtype == torch.bfloat16 else (64, 4)
+    tile = _tile(hidden, S, V, block_k)
     launch(
         _outer_kernel, (num_atoms, channels // tile["BLOCK_K"]), hidden, features, edge_vec, *edges, out,
-        num_warps=warps, num_stages=1, **tile, **_constants(hidden.dtype, S, V),
+        num_warps=warps, num_stages=1, **tile,
     )  # fmt: skip
     return out
 
@@ -327,7 +335,7 @@ def _apply(
     matrix, hidden, features, edge_vec, edges: Edges, S: int, V: int, out, grad_hidden=None, add=False
 ):
     """Launch `apply` into `out` (E, U) and `grad_hidden` (E, K), one of which may be None."""
-    constants = {**_tile(hidden, S, 64), **_constants(hidden.dtype, S, V)}
+    constants = _tile(hidden, S, V, 64)
     targets = [(out, grad_hidden)]
     if hidden.dtype == torch.float32 and constants["PRECISION"] == "tf32x3":
         # Factors split in three leave registers for one product at a time.
