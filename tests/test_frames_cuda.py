@@ -107,3 +107,10 @@ def test_a_batch_with_a_crystal_at_fault_is_left_alone():
     sound = on_device(batch, graph, first_fault=torch.tensor([2]))
     assert torch.equal(sound, graph.frame)
     assert not on_device(batch, graph, first_fault=torch.tensor([1])).any()
+
+
+def test_room_for_edges_is_for_graphs_built_on_a_device():
+    with pytest.raises(ValueError, match="max_edges needs crystals on a CUDA device; they are on cpu"):
+        build_graph(batch_of(CUBIC), max_neighbors=6, max_edges=10)
+    with pytest.raises(ValueError, match="max_edges is for graphs built on a CUDA device, those"):
+        build_graph(batch_of(CUBIC), compat="comformer", max_neighbors=6, max_edges=10)
