@@ -13,7 +13,7 @@ namespace {
 constexpr double kSlack = 1.0 + 4e-6;
 constexpr double kUnit = 1.0 / (1 << 24);  // half a unit in the last place of single precision, relative
 // Points are sorted into bins if there are more than these, and more than so many for each neighbour.
-constexpr double kBinnedPoints = 512, kBinnedRatio = 16;
+constexpr double kBinnedPoints = 512, kBinnedRatio = 40;
 constexpr std::int64_t kRanked = 192;  // up to so many keys are sorted by counting the lesser ones
 constexpr std::size_t kVector = 16;    // single-precision numbers in the widest register
 
@@ -143,7 +143,8 @@ void NeighborSearch::find_images(const ReducedCell& cell, Vec3 extent, Arena& ar
   const std::size_t room = (2 * std::size_t(most[0]) + 1) * (2 * most[1] + 1) * (2 * most[2] + 1);
   auto* translations = arena.take<Vec4>(room);
   auto* shifts = arena.take<Int4>(room);
-  const double reach = radius_ * radius_;
+  const double reach = radius_ * radius_, longest = kSlack * (radius_ + norm(width_));
+  const Vec3 row = cell.basis.row[2];
   const auto outside = [](double length, double width) {
     const double gap = std::max(std::fabs(length) - width, 0.0);
     return gap * gap;
@@ -155,10 +156,19 @@ void NeighborSearch::find_images(const ReducedCell& cell, Vec3 extent, Arena& ar
     for (std::int32_t b = -most[1]; b <= most[1]; ++b) {
       // The same as translation({a, b, c}, cell.basis), which adds from the left.
       const Vec3 line = double(a) * cell.basis.row[0] + double(b) * cell.basis.row[1];
-      const Int3 first = combine({a, b, -most[2]}, cell.to_given), step = cell.to_given[2];
+      std::int32_t from = -most[2], to = most[2];
+      if (to > 2) {  // on a long line: translations are no longer than the radius and the box's diagonal
+        const double middle = -dot(line, row) / dot(row, row);
+        const double rest = longest * longest - squared_length(line + middle * row);
+        if (rest < 0) continue;
+        const double half = std::sqrt(rest / dot(row, row));
+        from = std::max(from, static_cast<std::int32_t>(middle - half));
+        to = std::min(to, static_cast<std::int32_t>(middle + half));
+      }
+      const Int3 first = combine({a, b, from}, cell.to_given), step = cell.to_given[2];
       Int4 shift{first.x, first.y, first.z, 0};
-      for (std::int32_t c = -most[2]; c <= most[2]; ++c) {
-        const Vec3 v = line + double(c) * cell.basis.row[2];
+      for (std::int32_t c = from; c <= to; ++c) {
+        const Vec3 v = line + double(c) * row;
         translations[count] = {v.x, v.y, v.z, 0};
         shifts[count] = shift;
         // No two atoms are farther apart along an axis than the box is wide.

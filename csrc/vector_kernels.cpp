@@ -161,19 +161,22 @@ MGT_AVX2 std::int64_t select_avx2(const Points& points, std::int64_t begin, std:
   const __m256 cx = _mm256_set1_ps(centre[0]), cy = _mm256_set1_ps(centre[1]), cz = _mm256_set1_ps(centre[2]);
   const __m256 near = _mm256_set1_ps(bounds.near), sure = _mm256_set1_ps(bounds.sure),
                far = _mm256_set1_ps(bounds.far);
+  const float *x = points.x, *y = points.y, *z = points.z;
+  const std::uint32_t* code = points.code;
   std::int64_t count = 0, doubtful = 0;
   for (std::int64_t k = begin; k < end; k += 8) {
-    const __m256 dx = _mm256_sub_ps(_mm256_loadu_ps(points.x + k), cx);
-    const __m256 dy = _mm256_sub_ps(_mm256_loadu_ps(points.y + k), cy);
-    const __m256 dz = _mm256_sub_ps(_mm256_loadu_ps(points.z + k), cz);
+    const __m256 dx = _mm256_sub_ps(_mm256_loadu_ps(x + k), cx);
+    const __m256 dy = _mm256_sub_ps(_mm256_loadu_ps(y + k), cy);
+    const __m256 dz = _mm256_sub_ps(_mm256_loadu_ps(z + k), cz);
     const __m256 d2 = _mm256_fmadd_ps(dz, dz, _mm256_fmadd_ps(dy, dy, _mm256_mul_ps(dx, dx)));
     const unsigned lanes = end - k >= 8 ? 0xffu : (1u << (end - k)) - 1;
     const unsigned seen = lanes & _mm256_movemask_ps(_mm256_cmp_ps(d2, far, _CMP_LE_OQ));
+    if (seen == 0) continue;
     const unsigned kept = seen & _mm256_movemask_ps(_mm256_cmp_ps(d2, near, _CMP_GT_OQ));
     const unsigned safe = kept & _mm256_movemask_ps(_mm256_cmp_ps(d2, sure, _CMP_LE_OQ));
     const __m256i order = compressing(kept);
-    const __m256i code = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(points.code + k));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + count), _mm256_permutevar8x32_epi32(code, order));
+    const __m256i own = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(code + k));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + count), _mm256_permutevar8x32_epi32(own, order));
     if (squared) _mm256_storeu_ps(squared + count, _mm256_permutevar8x32_ps(d2, order));
     count += __builtin_popcount(kept);
     doubtful += __builtin_popcount(seen ^ safe);
@@ -228,18 +231,20 @@ MGT_AVX512 std::int64_t select_avx512(const Points& points, std::int64_t begin, 
   const __m512 cx = _mm512_set1_ps(centre[0]), cy = _mm512_set1_ps(centre[1]), cz = _mm512_set1_ps(centre[2]);
   const __m512 near = _mm512_set1_ps(bounds.near), sure = _mm512_set1_ps(bounds.sure),
                far = _mm512_set1_ps(bounds.far);
+  const float *x = points.x, *y = points.y, *z = points.z;
+  const std::uint32_t* code = points.code;
   std::int64_t count = 0, doubtful = 0;
   for (std::int64_t k = begin; k < end; k += 16) {
-    const __m512 dx = _mm512_sub_ps(_mm512_loadu_ps(points.x + k), cx);
-    const __m512 dy = _mm512_sub_ps(_mm512_loadu_ps(points.y + k), cy);
-    const __m512 dz = _mm512_sub_ps(_mm512_loadu_ps(points.z + k), cz);
+    const __m512 dx = _mm512_sub_ps(_mm512_loadu_ps(x + k), cx);
+    const __m512 dy = _mm512_sub_ps(_mm512_loadu_ps(y + k), cy);
+    const __m512 dz = _mm512_sub_ps(_mm512_loadu_ps(z + k), cz);
     const __m512 d2 = _mm512_fmadd_ps(dz, dz, _mm512_fmadd_ps(dy, dy, _mm512_mul_ps(dx, dx)));
     const auto lanes = static_cast<__mmask16>(end - k >= 16 ? 0xffffu : (1u << (end - k)) - 1);
     const __mmask16 seen = _mm512_mask_cmp_ps_mask(lanes, d2, far, _CMP_LE_OQ);
+    if (seen == 0) continue;
     const __mmask16 kept = _mm512_mask_cmp_ps_mask(seen, d2, near, _CMP_GT_OQ);
     const __mmask16 safe = _mm512_mask_cmp_ps_mask(kept, d2, sure, _CMP_LE_OQ);
-    _mm512_storeu_si512(codes + count,
-                        _mm512_maskz_compress_epi32(kept, _mm512_loadu_si512(points.code + k)));
+    _mm512_storeu_si512(codes + count, _mm512_maskz_compress_epi32(kept, _mm512_loadu_si512(code + k)));
     if (squared) _mm512_storeu_ps(squared + count, _mm512_maskz_compress_ps(kept, d2));
     count += __builtin_popcount(kept);
     doubtful += __builtin_popcount(seen ^ safe);
@@ -255,14 +260,15 @@ MGT_AVX512 void write_avx512(const EdgeTables& tables, std::uint32_t i, const st
 }
 
 MGT_AVX512 void rank_avx512(const std::uint32_t* keys, std::int64_t count, std::uint32_t* rank) {
-  for (std::int64_t k = 0; k < count; ++k) {
-    const __m512i key = _mm512_set1_epi32(static_cast<int>(keys[k]));
-    int less = 0;
-    for (std::int64_t n = 0; n < count; n += 16) {
-      const auto lanes = static_cast<__mmask16>(count - n >= 16 ? 0xffffu : (1u << (count - n)) - 1);
-      less += __builtin_popcount(_mm512_mask_cmplt_epu32_mask(lanes, _mm512_loadu_si512(keys + n), key));
+  const __m512i one = _mm512_set1_epi32(1);
+  for (std::int64_t k = 0; k < count; k += 16) {
+    const __m512i own = _mm512_loadu_si512(keys + k);
+    __m512i less = _mm512_setzero_si512();
+    for (std::int64_t n = 0; n < count; ++n) {
+      const __m512i key = _mm512_set1_epi32(static_cast<int>(keys[n]));
+      less = _mm512_mask_add_epi32(less, _mm512_cmplt_epu32_mask(key, own), less, one);
     }
-    rank[k] = static_cast<std::uint32_t>(less);
+    _mm512_storeu_si512(rank + k, less);
   }
 }
 

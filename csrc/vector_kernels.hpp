@@ -77,7 +77,7 @@ using WriteKernel = void (*)(const EdgeTables& tables, std::uint32_t i, const st
                              std::int64_t count, std::int64_t first_atom, std::int64_t first_edge,
                              const EdgeArrays& edges);
 
-// Write to rank[k] how many of the keys are less than keys[k]. Keys are different from one another.
+// Write to rank[k] how many of the keys are less than keys[k]. A vector more may be read and written.
 using RankKernel = void (*)(const std::uint32_t* keys, std::int64_t count, std::uint32_t* rank);
 
 struct VectorKernels {
