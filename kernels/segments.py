@@ -12,6 +12,7 @@ sums, "torch" or "triton"; a gather is a copy that torch makes as fast as anythi
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -34,12 +35,25 @@ class Segments:
     def __init__(self, index: torch.Tensor, num_segments: int, ptr: torch.Tensor | None = None):
         self.index = index
         self.num_segments = num_segments
-        if ptr is None:
-            ordered, self.order = index.sort(stable=True)
-            self.ptr = torch.searchsorted(ordered, torch.arange(num_segments + 1, device=index.device))
-        else:
-            self.order = torch.arange(index.shape[0], device=index.device)
-            self.ptr = ptr
+        self._ptr = ptr
+
+    @cached_property
+    def _sorted(self) -> tuple[torch.Tensor, torch.Tensor]:
+        device = self.index.device
+        if self._ptr is not None:
+            return torch.arange(self.index.shape[0], device=device), self._ptr
+        ordered, order = self.index.sort(stable=True)
+        return order, torch.searchsorted(ordered, torch.arange(self.num_segments + 1, device=device))
+
+    @property
+    def order(self) -> torch.Tensor:
+        """Rows, segment after segment, (E,) int64."""
+        return self._sorted[0]
+
+    @property
+    def ptr(self) -> torch.Tensor:
+        """Where each segment starts in `order`, and E at the end, (n + 1,) int64."""
+        return self._sorted[1]
 
     @cached_property
     def count(self) -> torch.Tensor:
@@ -56,6 +70,23 @@ class Segments:
                 rows = self.ptr[segments, None] + torch.arange(size, device=self.ptr.device)
                 groups.append((segments, self.order[rows]))
         return groups
+
+
+@dataclass(frozen=True)
+class SharedRows:
+    """Features of E rows, of which equal ones are there once.
+
+    Attributes:
+        values: (n, D).
+        rows: which of them each of the E rows has; None if every row has its own.
+    """
+
+    values: torch.Tensor
+    rows: Segments | None = None
+
+    def expand(self) -> torch.Tensor:
+        """Give every row its features, (E, D)."""
+        return self.values if self.rows is None else gather_rows(self.values, self.rows)
 
 
 class _GatherRows(torch.autograd.Function):
@@ -91,9 +122,9 @@ def segment_sum(y: torch.Tensor, segments: Segments, *, backend: str = "torch") 
 
 
 def segment_mean(y: torch.Tensor, segments: Segments, *, backend: str = "torch") -> torch.Tensor:
-    """Average the rows of each segment, (E, D) → (n, D); an empty segment gives zeros."""
-    count = segments.count.clamp(min=1).to(accumulator_dtype(y.dtype))
-    return (segment_sum(y, segments, backend=backend) / count[:, None]).to(y.dtype)
+    """Average the rows of each segment in float32 or better, (E, D) → (n, D); an empty one gives zeros."""
+    y = y.to(accumulator_dtype(y.dtype))
+    return segment_sum(y, segments, backend=backend) / segments.count.clamp(min=1).to(y.dtype)[:, None]
 
 
 def _outer(h, t, segments):

@@ -56,3 +56,12 @@ def test_gradients(shuffled):
     assert torch.autograd.gradcheck(lambda a: segment_sum(a, segments), h)
     assert torch.autograd.gradcheck(lambda a, b: segment_outer(a, b, segments), (h, t))
     assert torch.autograd.gradcheck(lambda a, b: segment_apply(a, b, segments), (h, z))
+
+
+def test_means_of_short_numbers_are_long():
+    segments = ragged([300], shuffled=False)
+    y = torch.linspace(0, 1, 300, dtype=torch.bfloat16)[:, None].requires_grad_()
+    mean = segment_mean(y, segments)
+    assert mean.dtype == torch.float32
+    torch.testing.assert_close(mean[0, 0].double(), y.double().mean(), rtol=1e-6, atol=0)
+    assert torch.autograd.grad(mean.sum(), y)[0].dtype == torch.bfloat16
