@@ -20,7 +20,7 @@ from mgt_fast.kernels.tensor_product import triton as kernels  # noqa: E402
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter has neither TF32 nor bfloat16")
 SHAPE, K = TensorProductShape(6, 3), 32
-SIZES = [(3, 0), (1, 1), (4, 15), (9, 63), (20, 12), (5, 300)]  # some leave atoms without edges
+SIZES = [(3, 0), (1, 1), (4, 15), (3, 63), (9, 6), (2, 300)]  # some leave atoms without edges
 
 
 def segments(num_atoms, num_edges):
@@ -72,16 +72,16 @@ def test_equals_reference(product, num_atoms, num_edges):
 
 
 @pytest.mark.parametrize("product", [1, 2])
-@pytest.mark.parametrize(("ns", "nv", "channels"), [(16, 8, 16), (5, 1, 64), (20, 9, 16)])
+@pytest.mark.parametrize(("ns", "nv", "channels"), [(5, 1, 64), (20, 9, 16)])
 def test_other_sizes(product, ns, nv, channels):
-    inputs, _, run = problem(product, 4, 40, shape=TensorProductShape(ns, nv), channels=channels)
+    inputs, _, run = problem(product, 2, 40, shape=TensorProductShape(ns, nv), channels=channels)
     results = (with_gradients(run, inputs, backend=backend) for backend in ("triton", "torch"))
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("product", [1, 2])
 def test_atoms_in_rounds(product, monkeypatch):
-    inputs, _, run = problem(product, 20, 30, channels=16)
+    inputs, _, run = problem(product, 17, 20, channels=16)
     whole = with_gradients(run, inputs)
     monkeypatch.setattr(kernels, "SCRATCH_BYTES", 1)
     with watch_launches() as launches:
@@ -103,7 +103,7 @@ PRECISIONS = {
 )
 def test_error_is_at_most_twice_torch(product, precision):
     dtype, matmul, autocast = PRECISIONS[precision]
-    inputs, _, run = problem(product, 9, 250)
+    inputs, _, run = problem(product, 3, 120)
     exact = with_gradients(run, inputs, backend="torch")
     low = [x.detach().to(dtype).requires_grad_() for x in inputs]
     previous = torch.get_float32_matmul_precision()
@@ -119,7 +119,7 @@ def test_error_is_at_most_twice_torch(product, precision):
 
 @pytest.mark.parametrize("product", [1, 2])
 def test_two_runs_are_equal(product):
-    inputs, _, run = problem(product, 7, 120, torch.float32)
+    inputs, _, run = problem(product, 3, 70, torch.float32)
     first, second = (with_gradients(run, inputs) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
