@@ -12,6 +12,7 @@ sums, "torch" or "triton"; a gather is a copy that torch makes as fast as anythi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -83,6 +84,10 @@ class SharedRows:
 
     values: torch.Tensor
     rows: Segments | None = None
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> SharedRows:
+        """Apply a function that treats every row alike."""
+        return SharedRows(function(self.values), self.rows)
 
     def expand(self) -> torch.Tensor:
         """Give every row its features, (E, D)."""

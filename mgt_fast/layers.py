@@ -21,7 +21,7 @@ from .kernels.edge_attention import edge_attention
 from .kernels.node_attention import node_attention
 from .kernels.rbf_embedding import rbf_embedding
 from .kernels.residual_norm import residual_norm
-from .kernels.segments import Segments
+from .kernels.segments import Segments, SharedRows
 from .kernels.tensor_product import TensorProductShape, tensor_product_1, tensor_product_2
 
 
@@ -94,14 +94,25 @@ class RBF(nn.Module):
 
 
 class RBFEmbedding(nn.Sequential):
-    """Activation(Linear(RBF(x))), (R,) → (R, C)."""
+    """Activation(Linear(RBF(x))) of R values."""
 
     def __init__(self, low: float, high: float, channels: int, activation: str):
         super().__init__(RBF(low, high, channels), nn.Linear(channels, channels))
         self.activation = activation
 
-    def forward(self, x: torch.Tensor, backend: str = "torch") -> torch.Tensor:
-        """Embed R values."""
+    def forward(self, x: torch.Tensor, backend: str = "torch") -> SharedRows:
+        """Embed x (R,), equal values once: symmetry makes most lengths and angles of a crystal equal.
+
+        Equal values are looked for where that costs little beside the products it saves: on a CPU, where no
+        gradient of x is asked for.
+        """
+        if backend == "torch" and x.device.type == "cpu" and not x.requires_grad:
+            distinct, row = x.unique(return_inverse=True)
+            if distinct.shape[0] < x.shape[0]:
+                return SharedRows(self._embed(distinct, backend), Segments(row, distinct.shape[0]))
+        return SharedRows(self._embed(x, backend))
+
+    def _embed(self, x: torch.Tensor, backend: str) -> torch.Tensor:
         rbf, linear = self
         return rbf_embedding(
             x, linear.weight, linear.bias, rbf.centers, rbf.spacing, self.activation, backend=backend
@@ -139,15 +150,18 @@ class EdgeWiseAttention(_Attention):
             self.add_module(f"lin_value_e{m}", nn.Linear(channels, channels))
 
     def forward(
-        self, edge: torch.Tensor, angle: torch.Tensor, frame: torch.Tensor, index: GraphIndex
+        self, edge: SharedRows, angle: SharedRows, frame: torch.Tensor, index: GraphIndex
     ) -> torch.Tensor:
         """Update edge features.
 
         Args:
-            edge: f, (E, C).
-            angle: embeddings of the angles to the lattice frame, (E, 3, C).
+            edge: f of E edges.
+            angle: embeddings of the E·3 angles to the lattice frame.
             frame: embeddings of the frame's lengths, (B, 3, C).
             index: the graph's rows.
+
+        Returns:
+            f, (E, C).
         """
         edge_w, edge_b, angle_w, frame_terms = [self.lin_query.weight], [self.lin_query.bias], [], []
         for name, mlp in (("key", self.key_update), ("value", self.lin_msg_update)):
@@ -167,8 +181,8 @@ class EdgeWiseAttention(_Attention):
                 )
             )
         gated = edge_attention(
-            edge,
-            angle,
+            edge.values,
+            angle.values if angle.rows else angle.values.unflatten(0, (-1, 3)),
             torch.cat(frame_terms, dim=2),
             index.crystal_of_edge,
             torch.cat(edge_w),
@@ -177,11 +191,13 @@ class EdgeWiseAttention(_Attention):
             self.key_update[2],
             self.lin_msg_update[2],
             self.bn_att,
+            edge_rows=edge.rows,
+            angle_rows=angle.rows,
             backend=index.backend,
         )
         # The projection is applied once to the sum over three directions, its bias three times.
         out = F.linear(gated, self.lin_concate.weight, 3 * self.lin_concate.bias)
-        return residual_norm(edge, out, self.bn, backend=index.backend)
+        return residual_norm(edge.expand(), out, self.bn, backend=index.backend)
 
 
 class NodeWiseAttention(_Attention):
@@ -190,8 +206,8 @@ class NodeWiseAttention(_Attention):
     def __init__(self, channels: int):
         super().__init__(channels, edge_bias=True)
 
-    def forward(self, node: torch.Tensor, edge: torch.Tensor, index: GraphIndex) -> torch.Tensor:
-        """Update atom features x (N, C) from edge features f (E, C)."""
+    def forward(self, node: torch.Tensor, edge: SharedRows, index: GraphIndex) -> torch.Tensor:
+        """Update atom features x (N, C) from the features f of E edges."""
         target_w, target_b = [self.lin_query.weight], [self.lin_query.bias]
         source_w, edge_w = [], []
         for lin, mlp in ((self.lin_key, self.key_update), (self.lin_value, self.lin_msg_update)):
@@ -202,7 +218,7 @@ class NodeWiseAttention(_Attention):
             target_b.append((of_target + of_source) @ lin.bias + of_edge @ self.lin_edge.bias + mlp[0].bias)
         gated = node_attention(
             node,
-            edge,
+            edge.values,
             index.source,
             index.target,
             torch.cat(target_w),
@@ -212,6 +228,7 @@ class NodeWiseAttention(_Attention):
             self.key_update[2],
             self.lin_msg_update[2],
             self.bn_att,
+            edge_rows=edge.rows,
             backend=index.backend,
         )
         return residual_norm(node, self.lin_concate(gated), self.bn, backend=index.backend)
@@ -236,6 +253,10 @@ class _TensorProductLayer(nn.Module):
         )
         self.tp = _TensorProductBuffers(output_dim)
 
+    def hidden(self, edge: SharedRows, backend: str) -> torch.Tensor:
+        """Compute the hidden channels of E edges, (E, C)."""
+        return edge.map(lambda f: softplus(self.fc[0](f), backend=backend)).expand()
+
 
 class EquivariantUpdate(nn.Module):
     """Equivariant layer of the SO(3) encoder: scalars up to l = 2 and back to scalars."""
@@ -253,19 +274,19 @@ class EquivariantUpdate(nn.Module):
     def features(
         self,
         node: torch.Tensor,
-        edge: torch.Tensor,
+        edge: SharedRows,
         edge_vec: torch.Tensor,
         index: GraphIndex,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Compute the equivariant atom features u1: (N, ns) 0e, (N, nv, 3) 1o and (N, nv, 5) 2e."""
-        fc = self.nlayer_1.fc
+        last = self.nlayer_1.fc[2]
         scalars = self.node_linear(node)
         mean, first, second = tensor_product_1(
             scalars,
-            softplus(fc[0](edge), backend=index.backend),
+            self.nlayer_1.hidden(edge, index.backend),
             edge_vec,
-            fc[2].weight,
-            fc[2].bias,
+            last.weight,
+            last.bias,
             self.shape,
             index.source,
             index.target,
@@ -276,7 +297,7 @@ class EquivariantUpdate(nn.Module):
     def forward(
         self,
         node: torch.Tensor,
-        edge: torch.Tensor,
+        edge: SharedRows,
         edge_vec: torch.Tensor,
         index: GraphIndex,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -284,21 +305,21 @@ class EquivariantUpdate(nn.Module):
 
         Args:
             node: x, (N, C).
-            edge: f, (E, C).
+            edge: f of E edges.
             edge_vec: (E, 3), of any unit.
             index: the graph's rows.
 
         Returns:
             x (N, C) and the l = 1 features on the way, (N, nv, 3).
         """
-        fc = self.nlayer_2.fc
+        last = self.nlayer_2.fc[2]
         features = self.features(node, edge, edge_vec, index)
         scalars = tensor_product_2(
             features,
-            softplus(fc[0](edge), backend=index.backend),
+            self.nlayer_2.hidden(edge, index.backend),
             edge_vec,
-            fc[2].weight,
-            fc[2].bias,
+            last.weight,
+            last.bias,
             self.shape,
             index.source,
             index.target,

@@ -16,7 +16,7 @@ from .config import MGTConfig
 from .graph import CrystalGraph
 from .kernels import check_backend, resolve_backend
 from .kernels.geometry import invariant_geometry, inverse_length
-from .kernels.segments import gather_rows, segment_mean
+from .kernels.segments import SharedRows, gather_rows, segment_mean
 from .kernels.tensor_product import TensorProductShape
 from .layers import (
     AtomEmbedding,
@@ -31,16 +31,16 @@ from .outputs import EdgeNoise, MGTOutput
 
 @dataclass(frozen=True)
 class Encoding:
-    """What an encoder computes: crystal (B, C), atom (N, C) and edge (E, C) features.
+    """What an encoder computes: features of crystals (B, C), atoms (N, C) and E edges.
 
     `directions` carries the geometry that the per-edge denoising head needs: the angle embeddings
-    (E, 3, C) in the SE(3) view, the l = 1 atom features (N, nv, 3) in the SO(3) view.
+    (E·3 rows) in the SE(3) view, the l = 1 atom features (N, nv, 3) in the SO(3) view.
     """
 
     pool: torch.Tensor
     node: torch.Tensor
-    edge: torch.Tensor
-    directions: torch.Tensor
+    edge: SharedRows
+    directions: SharedRows | torch.Tensor
 
 
 class SE3Encoder(nn.Module):
@@ -64,10 +64,10 @@ class SE3Encoder(nn.Module):
         frame_lengths = inverse_length(graph.frame, backend=backend)  # [B, 3]
         node = self.atom_embedding(graph.numbers)
         edge = self.edge_embedding(lengths, backend)
-        angle = self.angle_embedding(cosines.flatten(), backend).unflatten(0, (-1, 3))  # [E, 3, C]
-        frame = self.edge_embedding(frame_lengths.flatten(), backend).unflatten(0, (-1, 3))  # [B, 3, C]
+        angle = self.angle_embedding(cosines.flatten(), backend)  # E·3 rows
+        frame = self.edge_embedding(frame_lengths.flatten(), backend).expand().unflatten(0, (-1, 3))
         for edge_wise, node_wise in zip(self.edges_layer, self.atoms_layer, strict=True):
-            edge = edge_wise(edge, angle, frame, index)
+            edge = SharedRows(edge_wise(edge, angle, frame, index))
             node = node_wise(node, edge, index)
         return Encoding(segment_mean(node, index.crystal, backend=backend), node, edge, angle)
 
@@ -182,7 +182,7 @@ class EdgeNoiseHead(nn.Module):
         self, encoding: Encoding, index: GraphIndex, extra: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Predict (E, output_dim), or (E, 3, output_dim) with `extra` (E, 3, C) added to the hidden layer."""
-        hidden = self.edge(encoding.edge)
+        hidden = encoding.edge.map(self.edge).expand()
         hidden = hidden + gather_rows(self.source(encoding.node), index.source, backend=index.backend)
         hidden = hidden + gather_rows(self.target(encoding.node), index.target, backend=index.backend)
         return self.out(F.silu(hidden if extra is None else hidden[:, None] + extra))
@@ -198,7 +198,8 @@ class SE3EdgeNoise(nn.Module):
 
     def forward(self, encoding: Encoding, index: GraphIndex) -> torch.Tensor:
         """Predict (E, 3)."""
-        return self.head(encoding, index, self.angle(encoding.directions)).squeeze(2)
+        angle = encoding.directions.map(self.angle).expand().unflatten(0, (-1, 3))  # [E, 3, C]
+        return self.head(encoding, index, angle).squeeze(2)
 
 
 class SO3EdgeNoise(nn.Module):

@@ -24,6 +24,8 @@ def edge_attention(
     value: nn.Linear,
     norm: nn.BatchNorm1d,
     *,
+    edge_rows: Segments | None = None,
+    angle_rows: Segments | None = None,
     backend: str = "torch",
 ) -> torch.Tensor:
     """Sum over the three lattice directions of the gated values, before the output projection.
@@ -35,10 +37,15 @@ def edge_attention(
         crystal: crystal of each edge.
         edge_w, edge_b: merged map of f to query, key and value part, (3C, C) and (3C,).
         angle_w: merged map of a to key and value part, (2C, C).
+        edge_rows: where edges share their features, which of f (n, C) each has.
+        angle_rows: where directions share their embeddings, which of a (n, C) each of E·3 has.
         key, value, norm, backend: second layers and BatchNorm, see `gated_attention`.
 
     Returns:
         (E, C).
     """
     from_edge = F.linear(edge, edge_w, edge_b)  # [E, 3C]
-    return gated_attention(angle, angle_w, from_edge, None, frame, crystal, key, value, norm, backend=backend)
+    return gated_attention(
+        angle, angle_w, from_edge, edge_rows, frame, crystal, key, value, norm,
+        x_rows=angle_rows, backend=backend,
+    )  # fmt: skip

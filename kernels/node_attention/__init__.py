@@ -25,6 +25,7 @@ def node_attention(
     value: nn.Linear,
     norm: nn.BatchNorm1d,
     *,
+    edge_rows: Segments | None = None,
     backend: str = "torch",
 ) -> torch.Tensor:
     """Sum over the edges j → i of the gated values, before the output projection.
@@ -37,6 +38,7 @@ def node_attention(
         target_w, target_b: merged map of x_i to query, key and value part, (3C, C), and every bias, (3C,).
         source_w: merged map of x_j to key and value part, (2C, C).
         edge_w: merged map of f to key and value part, (2C, C).
+        edge_rows: where edges share their features, which of f (n, C) each has.
         key, value, norm, backend: second layers and BatchNorm, see `gated_attention`.
 
     Returns:
@@ -45,7 +47,7 @@ def node_attention(
     as_target = F.linear(node, target_w, target_b)  # [N, 3C]
     as_source = F.linear(node, source_w)  # [N, 2C]
     messages = gated_attention(
-        edge[:, None], edge_w, as_target, target, as_source[:, None], source, key, value, norm,
-        backend=backend,
+        edge if edge_rows else edge[:, None], edge_w, as_target, target, as_source[:, None], source,
+        key, value, norm, x_rows=edge_rows, backend=backend,
     )  # fmt: skip
     return segment_sum(messages, target, backend=backend)
