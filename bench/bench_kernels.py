@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from graphs import real_graph
-from machine import clock, device, matmul_precision
+from machine import affordable_rounds, clock, device, matmul_precision
 from rivals import Rival
 from torch import nn
 
@@ -48,6 +48,8 @@ EQUIVARIANT_RIVALS = tuple(
     Rival(m, p) for m in ("e3nn", "cuequivariance") for p in ("float32", "tf32", "bf16")
 )
 TOLERANCES = {"float32": 1e-3, "tf32": 1e-2, "bf16": 1e-1}
+ROUND_SECONDS = 0.2
+ITERATIONS = 5 if torch.cuda.is_available() else 1  # calls a round: on a GPU the next is sent off meanwhile
 VANISHING = 1e-3  # a tensor so much smaller than the largest is compared with that share of it
 
 
@@ -61,6 +63,10 @@ class Case:
     channels: int
     edges: int
     check_edges: int
+
+    @property
+    def smoke(self) -> bool:
+        return self.edges == self.check_edges
 
     def __str__(self):
         return f"{self.operation}-{self.direction}-C{self.channels}-{self.edges}_edges-{self.rival}"
@@ -198,10 +204,8 @@ def bench_kernel(benchmark, case, ceilings):
     call = Call(case, case.rival, case.edges)
     with matmul_precision(case.rival.precision):
         run = call.forward if case.direction == "forward" else call.backward()
-        if case.edges == case.check_edges:
-            benchmark.pedantic(run)
-        else:
-            benchmark.pedantic(run, rounds=20, iterations=5, warmup_rounds=1)
+        rounds = 1 if case.smoke else affordable_rounds(run, ROUND_SECONDS)
+        benchmark.pedantic(run, rounds=rounds, iterations=1 if case.smoke else ITERATIONS)
     if not benchmark.stats:  # nothing is timed with --benchmark-disable
         return
     seconds = benchmark.stats["median"]

@@ -21,7 +21,7 @@ import pytest
 import torch
 from costs import Sizes, model_flops
 from graphs import real_graph
-from machine import clock
+from machine import affordable_rounds, clock
 from rivals import COMPILED_RIVALS, CPU_RIVALS, EAGER_RIVALS, Rival, Runner, checked_runner
 
 ROUND_SECONDS = 1.5  # about so long is a benchmark repeated
@@ -143,13 +143,7 @@ def bench_model(benchmark, case, ceilings):
     with runner.precision():
         memory = bytes_per_edge(case, runner)
         step = runner.step(graph)
-        if case.smoke:
-            benchmark.pedantic(step, rounds=1)
-        else:
-            start = clock()
-            step()
-            rounds = min(max(round(ROUND_SECONDS / (clock() - start)), 5), 30)
-            benchmark.pedantic(step, rounds=rounds, warmup_rounds=1)
+        benchmark.pedantic(step, rounds=1 if case.smoke else affordable_rounds(step, ROUND_SECONDS))
     if not benchmark.stats:  # nothing is timed with --benchmark-disable
         return
     seconds = benchmark.stats["median"]

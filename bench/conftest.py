@@ -50,7 +50,8 @@ def pytest_pyfunc_call(pyfuncitem):
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
-    if call.excinfo is not None:
+    meant_elsewhere = call.when == "setup" and report.skipped
+    if call.excinfo is not None and not meant_elsewhere:
         reason = str(call.excinfo.value).partition("\n")[0] or call.excinfo.typename
         item.config.stash[UNMEASURED].append({"name": item.nodeid.rpartition("/")[2], "reason": reason[:300]})
     return report

@@ -61,6 +61,14 @@ def clock() -> float:
     return time.perf_counter()
 
 
+def affordable_rounds(run, seconds: float) -> int:
+    """How often `run()` fits into so many seconds, between 5 and 30 times; runs it twice."""
+    run()
+    start = clock()
+    run()
+    return min(max(int(seconds / (clock() - start)), 5), 30)
+
+
 def median_time(run, rounds: int = 10, warmup: int = 3) -> float:
     """Median seconds of `run()`."""
     for _ in range(warmup):
