@@ -24,7 +24,7 @@ from ..precision import accumulator_dtype, dot_precision
 REACH = {torch.float64: 6, torch.float32: 4, torch.bfloat16: 3}
 """Spacings on each side of a value that matter: what is farther is below exp(−(reach + 1/2)²)."""
 
-TILE = 4096  # numbers of the output a program makes
+TILE = 2048  # numbers of the output a program makes
 PROGRAMS = 132  # of the weight gradient, as many as a large GPU has multiprocessors
 
 
