@@ -24,7 +24,7 @@ from graphs import real_graph
 from machine import affordable_rounds, clock
 from rivals import COMPILED_RIVALS, CPU_RIVALS, EAGER_RIVALS, Rival, Runner, checked_runner
 
-ROUND_SECONDS = 1.5  # about so long is a benchmark repeated
+ROUND_SECONDS = 1.0  # about so long is a benchmark repeated
 COMPILED: dict[tuple, tuple[Runner, dict[str, float]]] = {}
 
 

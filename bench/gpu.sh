@@ -1,38 +1,49 @@
 #!/usr/bin/env bash
 # Build, test and measure on a fresh GPU machine within ten minutes, the most telling figures first.
 #
-#     bench/gpu.sh             everything; needs an NVIDIA GPU and a python3 with torch, triton and pytest-benchmark
-#     bench/gpu.sh --smoke     the same path at tiny sizes, on a CPU through Triton's interpreter
+#     bench/gpu.sh                      everything; needs an NVIDIA GPU and a python3 with torch and triton
+#     bench/gpu.sh build kernels        these stages: build tests model compiled kernels neighbors widths
+#     bench/gpu.sh --smoke              the same path at tiny sizes, on a CPU through Triton's interpreter
 #
 # What was measured is in $OUT (bench/out) after every stage: the device's record, its roofline, and log.txt.
-# The exit status is that of build and tests; benchmarks run even if tests fail, and a stage that fails or runs out
-# of time leaves the others alone. Variables: PYTHON; WHEELS, a folder of wheels to install first (rivals that the
-# machine lacks); COMMIT, what the record shall name where there is no git history; SECONDS_IN_ALL.
+# The exit status is that of build and tests; benchmarks run even if tests fail, and a stage that fails or runs out of
+# time leaves the others alone. Variables: PYTHON; WHEELS, a folder of wheels to install first (rivals that the
+# machine lacks); COMMIT, what the record shall name where there is no git history; LIMIT, seconds in all.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-bench/out}
-END=$((SECONDS + ${SECONDS_IN_ALL:-570}))
+END=$((SECONDS + ${LIMIT:-570}))
 export PYTHONUNBUFFERED=1
+
 smoke=()
 if [[ ${1:-} == --smoke ]]; then
     smoke=(--smoke)
     export TRITON_INTERPRET=1
+    shift
 fi
+all=(build tests model compiled kernels neighbors widths)
+((${#smoke[@]})) && all=(tests model kernels)
+stages=" ${*:-${all[*]}} "
+
 mkdir -p "$OUT"
 runs=$(mktemp -d)
 trap 'rm -rf "$runs"' EXIT
 exec > >(tee "$OUT/log.txt") 2>&1
 
-# limit SECONDS COMMAND...: run it so long, and never beyond the end of all; interrupted first, so that it can save.
-limit() {
-    local left=$((END - SECONDS))
-    (($1 < left)) && left=$1
-    ((left > 5)) || { echo "no time left for: ${*:2}"; return 124; }
-    timeout --signal=INT --kill-after=10 "$left" "${@:2}"
+stage() { # stage NAME: whether it is wanted
+    [[ $stages == *" $1 "* ]] && printf '\n=== %s, after %s s\n' "$1" "$SECONDS"
 }
 
-stage() { echo; echo "=== $1, after $SECONDS s"; }
+limit() { # limit SECONDS COMMAND...: not longer, nor beyond the end of all; interrupted first, so that it can save
+    local left=$((END - SECONDS))
+    (($1 < left)) && left=$1
+    if ((left < 5)); then
+        echo "no time left for: ${*:2}"
+        return 124
+    fi
+    timeout --signal=INT --kill-after=10 "$left" "${@:2}"
+}
 
 benchmarks() { # benchmarks SECONDS FILE [PYTEST ARGUMENTS]
     limit "$1" "$PYTHON" -m pytest -p no:cacheprovider -c bench/pytest.ini -q --tb=short "bench/$2" \
@@ -40,54 +51,59 @@ benchmarks() { # benchmarks SECONDS FILE [PYTEST ARGUMENTS]
 }
 
 measure() { # measure NAME SECONDS FILE [PYTEST ARGUMENTS]
-    stage "$1"
+    stage "$1" || return 0
     benchmarks "${@:2}" --benchmark-json "$runs/$1.json" || echo "$1: exit status $?"
-    [[ -s $runs/$1.json ]] && "$PYTHON" bench/record.py --folder "$OUT" --commit "${COMMIT:-}" "$runs/$1.json"
+    if [[ -s $runs/$1.json ]]; then
+        "$PYTHON" bench/record.py --folder "$OUT" --commit "${COMMIT:-}" "$runs/$1.json"
+    fi
 }
 
 failed=0
-if ((${#smoke[@]} == 0)); then
-    stage build
-    [[ -n ${WHEELS:-} ]] && "$PYTHON" -m pip install --quiet --no-index --no-deps "$WHEELS"/*.whl
+if stage build; then
+    nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+    if [[ -n ${WHEELS:-} ]]; then
+        "$PYTHON" -m pip install --quiet --no-index --no-deps "$WHEELS"/*.whl
+    fi
     limit 120 "$PYTHON" -m pip install --quiet --no-build-isolation --no-deps --editable . || failed=1
-    nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,temperature.gpu --format=csv
 fi
 
-stage "tests, and compilation of what will be measured"
-pids=()
-if ((${#smoke[@]} == 0)); then
+if stage tests; then
+    parity=(--backend triton --device cuda)
     tests=(tests/kernels tests/cuda tests/test_parity.py tests/test_model.py tests/test_losses.py)
-    for rivals in "triton and float32" "triton and tf32" "triton and bf16" "reference and compiled" "torch and compiled"; do
-        benchmarks 170 bench_model.py --benchmark-disable \
-            -k "training_step and C256 and 10k_edges and ($rivals)" > "$runs/compile.txt" 2>&1 &
-        pids+=($!)
-    done
-else
-    tests=(tests/kernels/test_backend.py tests/kernels/test_segments.py)
+    options=()
+    compilations=()
+    if ((${#smoke[@]})); then
+        parity=(--backend torch)
+        tests=(tests/kernels/test_backend.py tests/kernels/test_segments.py)
+    else
+        "$PYTHON" -c 'import xdist' 2> /dev/null && options=(-n 8)
+        # Meanwhile what is measured later is compiled; the compilers keep it on disk.
+        for rivals in triton-float32 triton-tf32 triton-bf16 reference-bf16 torch-bf16; do
+            benchmarks 170 bench_model.py --benchmark-disable \
+                -k "training_step and C256 and 10k_edges and $rivals" > "$runs/$rivals.txt" 2>&1 &
+            compilations+=($!)
+        done
+    fi
+    # Warnings are errors with the pinned versions alone: other machines have others.
+    limit 170 "$PYTHON" -m pytest -p no:cacheprovider -o minversion=0 -W default -q \
+        "${options[@]}" "${tests[@]}" || failed=1
+    limit 60 "$PYTHON" tests/parity.py "${parity[@]}" || failed=1
+    ((${#compilations[@]})) && wait "${compilations[@]}"
 fi
-parallel=()
-"$PYTHON" -c 'import xdist' 2> /dev/null && ((${#smoke[@]} == 0)) && parallel=(-n 8)
-# Warnings are errors with the pinned versions alone; other machines have others.
-limit 170 "$PYTHON" -m pytest -p no:cacheprovider -o minversion=0 -W default -q "${parallel[@]}" "${tests[@]}" || failed=1
-limit 60 "$PYTHON" tests/parity.py --backend "$( ((${#smoke[@]})) && echo torch || echo triton)" \
-    --device "$( ((${#smoke[@]})) && echo cpu || echo cuda)" || failed=1
-((${#pids[@]})) && wait "${pids[@]}"
 
 if ((${#smoke[@]})); then
-    measure model 100 bench_model.py
-    measure kernels 100 bench_kernels.py
+    measure model 120 bench_model.py
+    measure kernels 120 bench_kernels.py
 else
-    measure model 190 bench_model.py -k C256
+    measure model 150 bench_model.py -k "C256 and not compiled"
+    measure compiled 100 bench_model.py -k "C256 and compiled"
     measure kernels 70 bench_kernels.py -k C256
     measure neighbors 40 bench_neighbors_cuda.py
-    measure widths 90 bench_model.py -k "C128 or C512"
-    measure kernel-widths 60 bench_kernels.py -k "C128 or C512"
+    measure widths 120 bench_model.py -k "not C256 and not compiled"
 fi
 
-stage roofline
 for record in "$OUT"/*.json; do
-    "$PYTHON" bench/roofline.py "$record" --output "$OUT"
+    [[ -e $record ]] && "$PYTHON" bench/roofline.py "$record" --output "$OUT"
 done
-echo
-echo "finished after $SECONDS s; build and tests: $( ((failed)) && echo FAILED || echo passed)"
+printf '\nfinished after %s s; build and tests: %s\n' "$SECONDS" "$( ((failed)) && echo FAILED || echo passed)"
 exit "$failed"
