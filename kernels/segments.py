@@ -19,7 +19,7 @@ from functools import cached_property
 import torch
 from torch.autograd.function import once_differentiable
 
-from .precision import accumulator_dtype
+from .precision import accumulator_dtype, compute_dtype
 from .segment_sum import sum_rows
 
 
@@ -179,9 +179,11 @@ class _SegmentApply(torch.autograd.Function):
 
 def segment_outer(h: torch.Tensor, t: torch.Tensor, segments: Segments) -> torch.Tensor:
     """Sum the outer products h[e] t[e]ᵀ of each segment's rows, (E, K), (E, U) → (n, K, U)."""
-    return _SegmentOuter.apply(h, t, segments)
+    dtype = compute_dtype(h)
+    return _SegmentOuter.apply(h.to(dtype), t.to(dtype), segments)
 
 
 def segment_apply(h: torch.Tensor, z: torch.Tensor, segments: Segments) -> torch.Tensor:
     """Multiply each row by its segment's matrix, (E, K), (n, K, U) → (E, U)."""
-    return _SegmentApply.apply(h, z, segments)
+    dtype = compute_dtype(h)
+    return _SegmentApply.apply(h.to(dtype), z.to(dtype), segments)

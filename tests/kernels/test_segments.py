@@ -65,3 +65,18 @@ def test_means_of_short_numbers_are_long():
     assert mean.dtype == torch.float32
     torch.testing.assert_close(mean[0, 0].double(), y.double().mean(), rtol=1e-6, atol=0)
     assert torch.autograd.grad(mean.sum(), y)[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("types", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_factors_of_two_types_meet_under_autocast(types):
+    segments = ragged([3, 0, 1, 4], shuffled=True)
+    h, t, z = rows(8, 3), rows(8, 2, seed=1), rows(4, 3, 2, seed=2)
+    for function, inputs in ((segment_outer, (h, t)), (segment_apply, (h, z))):
+        exact = function(*inputs, segments)
+        narrow = [x.detach().to(dtype).requires_grad_() for x, dtype in zip(inputs, types, strict=True)]
+        with torch.autocast("cpu", torch.bfloat16):
+            out = function(*narrow, segments)
+        torch.testing.assert_close(out.double(), exact, atol=0.05, rtol=0.02)
+        gradients = torch.autograd.grad(out.sum(), narrow)
+        for gradient, expected in zip(gradients, torch.autograd.grad(exact.sum(), inputs), strict=True):
+            torch.testing.assert_close(gradient.double(), expected, atol=0.05, rtol=0.02)
