@@ -12,14 +12,12 @@ namespace mgt {
 namespace {
 
 constexpr std::size_t kAlign = 64;
-constexpr std::size_t kLarge = std::size_t{1} << 16;  // smaller blocks the system keeps itself
 constexpr std::size_t kHugePage = std::size_t{1} << 21;
 constexpr std::size_t kMaxKept = std::size_t{1} << 30;  // bytes that wait for use
 
 std::size_t round_up(std::size_t bytes, std::size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
-void* allocate(std::size_t bytes, std::size_t align) {
-  void* memory = std::aligned_alloc(align, bytes);
+void* checked(void* memory) {
   if (!memory) throw std::bad_alloc();
   return memory;
 }
@@ -87,13 +85,13 @@ Recycler& recycler() {
 
 void* take_memory(std::size_t bytes, std::size_t& capacity) {
   if (bytes < kLarge) {
-    capacity = round_up(bytes, kAlign);
-    return allocate(capacity, kAlign);
+    capacity = bytes;
+    return checked(std::malloc(bytes));
   }
   if (void* memory = recycler().take(bytes, capacity)) return memory;
   const std::size_t page = bytes < kHugePage ? kAlign : kHugePage;
   capacity = round_up(bytes, page);
-  void* memory = allocate(capacity, page);
+  void* memory = checked(std::aligned_alloc(page, capacity));
 #if defined(MADV_HUGEPAGE)
   if (page == kHugePage) madvise(memory, capacity, MADV_HUGEPAGE);  // advice: no matter if not taken
 #endif

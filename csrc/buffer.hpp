@@ -11,8 +11,11 @@
 
 namespace mgt {
 
-// At least `bytes` of memory, aligned for any vector unit; sets `capacity` to what there is. Large blocks
-// come from those given back before, where one fits. std::bad_alloc if there is no memory.
+// From so many bytes on blocks are aligned for any vector unit, and kept for use when they are given back;
+// the system's allocator keeps smaller ones itself.
+constexpr std::size_t kLarge = std::size_t{1} << 16;
+
+// At least `bytes` of memory; sets `capacity` to what there is. std::bad_alloc if there is none.
 void* take_memory(std::size_t bytes, std::size_t& capacity);
 void give_memory(void* memory, std::size_t capacity) noexcept;
 
@@ -73,7 +76,8 @@ class Buffer {
   std::size_t size_ = 0, capacity_ = 0;  // items; bytes
 };
 
-// Memory handed out piece by piece; pieces stay where they are until all are taken back.
+// Memory handed out piece by piece, each aligned for any vector unit; pieces stay where they are until all
+// are taken back.
 class Arena {
  public:
   // Room for `count` items, of which `keep` then says how many are used; what is not kept is handed out
@@ -105,6 +109,7 @@ class Arena {
 
  private:
   static constexpr std::size_t kChunk = std::size_t{1} << 20, kAlign = 64;
+  static_assert(kChunk >= kLarge);
   std::vector<Buffer<std::byte>> chunks_;
   std::size_t chunk_ = 0, used_ = 0, size_ = 0;
 };

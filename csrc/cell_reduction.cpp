@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <sstream>
 
+#include "parallel.hpp"
+
 namespace mgt {
 namespace {
 
@@ -61,18 +63,21 @@ ReducedCell reduce_cell(const Crystals& crystals, std::int64_t b) {
   return cell;
 }
 
-WrappedAtoms wrap_atoms(const Crystals& crystals, std::int64_t b, const ReducedCell& cell) {
+WrappedAtoms wrap_atoms(const Crystals& crystals, std::int64_t b, const ReducedCell& cell, int threads) {
+  constexpr std::int64_t kBlock = 4096;
   const std::int64_t first = crystals.first_atom(b), count = crystals.num_atoms(b);
   const Mat3 given = crystals.lattice(b);
-  WrappedAtoms atoms;
-  atoms.position.reserve(count);
-  atoms.wrap.reserve(count);
+  WrappedAtoms atoms{Buffer<Vec3>(count), Buffer<Int3>(count), 0};
+  for_each_block(count, kBlock, threads, [&](int, std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i) {
+      const WrappedAtom atom = wrap_atom(crystals.frac(first + i), given, crystals.pbc + 3 * b, cell);
+      atoms.position[i] = atom.position;
+      atoms.wrap[i] = atom.wrap;
+    }
+  });
   Vec3 low{0, 0, 0}, high{0, 0, 0};
-  for (std::int64_t i = 0; i < count; ++i) {
-    const WrappedAtom atom = wrap_atom(crystals.frac(first + i), given, crystals.pbc + 3 * b, cell);
-    atoms.position.push_back(atom.position);
-    atoms.wrap.push_back(atom.wrap);
-    const Vec3 u = atom.coordinate;
+  for (std::int64_t i = 0; cell.periodic < 3 && i < count; ++i) {
+    const Vec3 u = wrap_atom(crystals.frac(first + i), given, crystals.pbc + 3 * b, cell).coordinate;
     low = i == 0 ? u : Vec3{std::min(low.x, u.x), std::min(low.y, u.y), std::min(low.z, u.z)};
     high = i == 0 ? u : Vec3{std::max(high.x, u.x), std::max(high.y, u.y), std::max(high.z, u.z)};
   }

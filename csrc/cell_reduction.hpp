@@ -2,8 +2,8 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
+#include "buffer.hpp"
 #include "crystals.hpp"
 #include "reduced_cell.hpp"
 
@@ -16,11 +16,11 @@ ReducedCell reduce_cell(const Crystals& crystals, std::int64_t b);
 
 // The atoms of one crystal, moved by lattice vectors into the reduced cell.
 struct WrappedAtoms {
-  std::vector<Vec3> position;  // Å
-  std::vector<Int3> wrap;      // position = (frac + wrap) · given cell
-  double volume_per_atom;      // Å^3; the bounding box, 2 Å larger, stands in where not periodic
+  Buffer<Vec3> position;   // Å
+  Buffer<Int3> wrap;       // position = (frac + wrap) · given cell
+  double volume_per_atom;  // Å^3; the bounding box, 2 Å larger, stands in where not periodic
 };
 
-WrappedAtoms wrap_atoms(const Crystals& crystals, std::int64_t b, const ReducedCell& cell);
+WrappedAtoms wrap_atoms(const Crystals& crystals, std::int64_t b, const ReducedCell& cell, int threads);
 
 }  // namespace mgt

@@ -106,7 +106,7 @@ class Finder {
                                 " neighbours, fewer than max_neighbors = " +
                                 std::to_string(options_.max_neighbors) + "; lower max_neighbors or set pbc");
     }
-    const WrappedAtoms atoms = wrap_atoms(crystals_, b, cell);
+    const WrappedAtoms atoms = wrap_atoms(crystals_, b, cell, threads);
     // Calls row(worker, i) for every atom.
     const auto for_rows = [&](const auto& row) {
       for_each_block(crystals_.num_atoms(b), threads == 1 ? crystals_.num_atoms(b) : kRowsABlock, threads,

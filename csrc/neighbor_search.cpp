@@ -60,8 +60,14 @@ const std::uint32_t* ascending(const std::uint32_t* keys, std::int64_t count) {
 
 bool before(const Int4& a, const Int4& b) { return Int3{a.x, a.y, a.z} < Int3{b.x, b.y, b.z}; }
 
-// Where the shifts, all of them between `low` and `high`, stand in lexicographic order.
-const std::uint32_t* shift_order(const Int4* shifts, std::int64_t count, const Int4& low, const Int4& high) {
+// Where the shifts stand in lexicographic order.
+const std::uint32_t* shift_order(const Int4* shifts, std::int64_t count) {
+  Int4 low = shifts[0], high = shifts[0];
+  for (std::int64_t m = 1; m < count; ++m) {
+    const Int4& s = shifts[m];
+    low = {std::min(low.x, s.x), std::min(low.y, s.y), std::min(low.z, s.z), 0};
+    high = {std::max(high.x, s.x), std::max(high.y, s.y), std::max(high.z, s.z), 0};
+  }
   const double ranges[3] = {double(high.x) - low.x + 1, double(high.y) - low.y + 1,
                             double(high.z) - low.z + 1};
   SortSpace& space = sort_space();
@@ -140,7 +146,8 @@ void NeighborSearch::find_images(const ReducedCell& cell, Vec3 extent, Arena& ar
                   ? static_cast<std::int32_t>(std::floor(kSlack * (radius_ / cell.height[a] + extents[a])))
                   : 0;
   }
-  const std::size_t room = (2 * std::size_t(most[0]) + 1) * (2 * most[1] + 1) * (2 * most[2] + 1);
+  // One more than there can be: each is written before it is known to count.
+  const std::size_t room = 1 + (2 * std::size_t(most[0]) + 1) * (2 * most[1] + 1) * (2 * most[2] + 1);
   auto* translations = arena.take<Vec4>(room);
   auto* shifts = arena.take<Int4>(room);
   const double reach = radius_ * radius_, longest = kSlack * (radius_ + norm(width_));
@@ -149,8 +156,6 @@ void NeighborSearch::find_images(const ReducedCell& cell, Vec3 extent, Arena& ar
     const double gap = std::max(std::fabs(length) - width, 0.0);
     return gap * gap;
   };
-  Int4 low{0, 0, 0, 0}, high{0, 0, 0, 0}, last{INT32_MIN, 0, 0, 0};
-  bool in_order = true;
   std::int64_t count = 0;
   for (std::int32_t a = -most[0]; a <= most[0]; ++a) {
     for (std::int32_t b = -most[1]; b <= most[1]; ++b) {
@@ -172,19 +177,13 @@ void NeighborSearch::find_images(const ReducedCell& cell, Vec3 extent, Arena& ar
         translations[count] = {v.x, v.y, v.z, 0};
         shifts[count] = shift;
         // No two atoms are farther apart along an axis than the box is wide.
-        if (outside(v.x, width_.x) + outside(v.y, width_.y) + outside(v.z, width_.z) <= reach) {
-          in_order = in_order && before(last, shift);
-          last = shift;
-          low = {std::min(low.x, shift.x), std::min(low.y, shift.y), std::min(low.z, shift.z), 0};
-          high = {std::max(high.x, shift.x), std::max(high.y, shift.y), std::max(high.z, shift.z), 0};
-          ++count;
-        }
+        count += outside(v.x, width_.x) + outside(v.y, width_.y) + outside(v.z, width_.z) <= reach;
         shift = {shift.x + step.x, shift.y + step.y, shift.z + step.z, 0};
       }
     }
   }
-  if (!in_order) {
-    const std::uint32_t* order = shift_order(shifts, count, low, high);
+  if (!std::is_sorted(shifts, shifts + count, before)) {
+    const std::uint32_t* order = shift_order(shifts, count);
     auto* sorted_translations = arena.take<Vec4>(count);
     auto* sorted_shifts = arena.take<Int4>(count);
     for (std::int64_t m = 0; m < count; ++m) {

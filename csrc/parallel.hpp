@@ -32,6 +32,13 @@ inline int worker_count(int threads) {
 // handed out in order, so every earlier one was already under way and is finished.
 template <class Body>
 void for_each_block(std::int64_t count, std::int64_t block, int threads, const Body& body) {
+  const std::int64_t blocks = (count + block - 1) / block;
+  const auto workers = static_cast<int>(std::min<std::int64_t>(worker_count(threads), blocks));
+  if (workers <= 1) {
+    for (std::int64_t begin = 0; begin < count; begin += block)
+      body(0, begin, std::min(begin + block, count));
+    return;
+  }
   std::atomic<std::int64_t> next{0};
   std::atomic<bool> failed{false};
   std::mutex mutex;
@@ -51,8 +58,6 @@ void for_each_block(std::int64_t count, std::int64_t block, int threads, const B
       }
     }
   };
-  const std::int64_t blocks = (count + block - 1) / block;
-  const auto workers = static_cast<int>(std::min<std::int64_t>(worker_count(threads), blocks));
   {
     ThreadPool pool;
     try {

@@ -20,9 +20,10 @@ namespace {
 #define MGT_INLINE inline __attribute__((always_inline))
 
 // Written once and compiled for each vector unit.
-MGT_INLINE void write_edges(const EdgeTables& tables, std::uint32_t i, const std::uint32_t* codes,
+MGT_INLINE void write_edges(const EdgeTables& given, std::uint32_t i, const std::uint32_t* codes,
                             std::int64_t count, std::int64_t first_atom, std::int64_t first_edge,
                             const EdgeArrays& edges) {
+  const EdgeTables tables = given;  // a copy that the edges written cannot be taken to change
   using Double4 = double __attribute__((vector_size(32), may_alias));
   using Integer4 = std::int32_t __attribute__((vector_size(16), may_alias));
   const auto* position = reinterpret_cast<const Double4*>(tables.position);
