@@ -93,6 +93,10 @@ class RBF(nn.Module):
         return float(np.diff(self.centers.float().cpu().numpy()).mean())
 
 
+WORTH_SHARING = 0.75
+"""Share of distinct values among all below which fewer products outweigh the copies that rows cost."""
+
+
 class RBFEmbedding(nn.Sequential):
     """Activation(Linear(RBF(x))) of R values."""
 
@@ -108,7 +112,7 @@ class RBFEmbedding(nn.Sequential):
         """
         if backend == "torch" and x.device.type == "cpu" and not x.requires_grad:
             distinct, row = x.unique(return_inverse=True)
-            if distinct.shape[0] < x.shape[0]:
+            if distinct.shape[0] < WORTH_SHARING * x.shape[0]:
                 return SharedRows(self._embed(distinct, backend), Segments(row, distinct.shape[0]))
         return SharedRows(self._embed(x, backend))
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from mgt_fast import MGT, CrystalBatch, MGTConfig, build_graph
+from mgt_fast import MGT, CrystalBatch, MGTConfig, build_graph, layers
 from mgt_fast.losses import draw_noise
 from mgt_fast.outputs import EdgeNoise
 
@@ -142,3 +142,14 @@ def test_two_runs_are_bitwise_equal(graph):
         prediction.square().sum().backward()
         outs.append([prediction, *(p.grad for p in model.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*outs, strict=True))
+
+
+def test_sharing_equal_lengths_and_angles_changes_nothing(graph, monkeypatch):
+    outs = []
+    for worth in (0.0, 2.0):  # never, always
+        monkeypatch.setattr(layers, "WORTH_SHARING", worth)
+        model = make().double()
+        prediction = model(graph).prediction
+        prediction.square().sum().backward()
+        outs.append([prediction, *(p.grad for p in model.parameters())])
+    torch.testing.assert_close(*outs, rtol=1e-9, atol=1e-11)

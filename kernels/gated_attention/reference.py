@@ -81,13 +81,14 @@ class _GatedAttention(torch.autograd.Function):
             slope = inv_std * norm_w
         count, batch_mean, square = 0, *torch.zeros(2, channels, dtype=wide, device=x.device)
         for edges in chunks:
-            near_e = near[edges] if rows.near is None else near[rows.near.index[edges]]  # [e, 3C]
+            near_e = _take(near, rows.near, edges)  # [e, 3C]
             if shared is None:
                 sums = F.linear(x[edges], weight)  # [e, M, 2C]
             else:
-                sums = shared[rows.x.index.view(num_edges, num_keys)[edges]]
+                row = rows.x.index.view(num_edges, num_keys)[edges]
+                sums = shared.index_select(0, row.flatten()).view(*row.shape, -1)
             sums += near_e[:, None, channels:]
-            sums += far[rows.far.index[edges]]
+            sums += _take(far, rows.far, edges)
             if keep:
                 pre[edges] = sums
             hidden = F.silu(sums, inplace=True).flatten(0, 1)
@@ -211,11 +212,15 @@ class _GatedAttention(torch.autograd.Function):
         )
 
 
+def _take(x, segments, edges):
+    """Rows of x that belong to some edges."""
+    return x[edges] if segments is None else x.index_select(0, segments.index[edges])
+
+
 def _queries(near, rows, edges, scale, wide):
     """Scaled queries of some edges, [e, 1, C]."""
     channels = near.shape[1] // 3
-    near = near[:, :channels]
-    queries = near[edges] if rows.near is None else near[rows.near.index[edges]]
+    queries = _take(near[:, :channels], rows.near, edges)
     return queries.to(wide).mul(scale)[:, None]
 
 

@@ -1,16 +1,19 @@
 """Triton kernels of `gated_attention`: two before the output, two for the gradient.
 
-A program holds a tile of rows (an edge with one of its M keys). It makes the first layer's sum, its SiLU and
-the second layer's product without leaving the chip, so that of all intermediates only the keys reach device
-memory, in the factors' own type: BatchNorm's statistics need every key before any gate can be computed.
+A program holds a tile of rows (an edge with one of its M keys) and makes the first layer's sum, its SiLU and
+the second layer's product. Of all intermediates only the keys outlive the forward pass, in the factors' own
+type: BatchNorm's statistics need every key before any gate can be computed. Everything else is made again in
+the backward pass.
 
-    pass             per row, forward                                    products (C × C)   traffic (numbers)
-    keys             x → k, and the sums for the statistics              2                  2 C
-    values           x, k → v · gate, summed over an edge's keys         2                  2 C + C / M
-    backward values  x, k, g → gradients behind v, and of the gate       3                  6 C + C / M
-    backward keys    x, k, gradient of the gate → gradients behind k     2                  6 C + C / M
+    pass             makes                                               products (C × C)   numbers moved a row
+    keys             k, and the sums for the statistics                  2                  2 C + 3 C / M
+    values           v · gate, summed over an edge's keys                2                  2 C + 4 C / M
+    backward values  gradients behind v, and of the gate                 3                  9 C + 6 C / M
+    backward keys    gradients behind k                                  2                  8 C + 6 C / M
 
-The weights' gradients and that of x are plain products of what the last two leave behind: 6 more a row.
+The weights' gradients and that of x are plain products of what the last two leave behind: 6 more a row, with
+10 C numbers read and written. The forward kernels keep the hidden layer in registers where factors are narrow
+and C is at most 256; otherwise it passes through memory, and the tile that wrote it finds it in cache.
 Sums over rows are kept per tile and added in a fixed order, so two runs are bitwise equal.
 """
 
@@ -22,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import INTERPRETED, launch
+from ..launch import INTERPRETED, launch, target_arch
 from ..precision import accumulator_dtype, dot_precision
 
 
@@ -329,18 +332,19 @@ class Tile:
 
 # Chosen so that nothing spills and shared memory suffices on compute capability 8.0 and 9.0. The forward
 # kernels keep a tile's hidden layer in registers where that leaves tiles of a useful size.
-_IN_REGISTERS = {128: Tile(128, 64, 64, 8, 3), 256: Tile(128, 64, 32, 8, 2)}
+_IN_REGISTERS = {128: Tile(128, 64, 64, 8, 3), 256: Tile(128, 32, 32, 8, 2)}
 _THROUGH_MEMORY = {2: Tile(128, 64, 64, 8, 3), 4: Tile(64, 32, 64, 8, 3)}
+_THROUGH_MEMORY_80 = _THROUGH_MEMORY | {2: Tile(128, 64, 64, 8, 2)}
 
 
-def _tile(channels: int, dtype: torch.dtype, *, forward: bool) -> tuple[Tile, bool]:
+def _tile(channels: int, dtype: torch.dtype, device: torch.device, *, forward: bool) -> tuple[Tile, bool]:
     """Choose a tile, and whether hidden layers stay in registers."""
     if INTERPRETED:  # small, and each way is tried
         step = min(channels, 32)
         return Tile(32, step, step, 4, 1), forward and channels < 32
     if forward and dtype == torch.bfloat16 and channels in _IN_REGISTERS:
         return _IN_REGISTERS[channels], True
-    tile = _THROUGH_MEMORY[dtype.itemsize]
+    tile = (_THROUGH_MEMORY if target_arch(device) >= 90 else _THROUGH_MEMORY_80)[dtype.itemsize]
     return replace(tile, k=min(tile.k, channels), n=min(tile.n, channels)), False
 
 
@@ -349,7 +353,7 @@ class _Launcher:
 
     def __init__(self, x, weight, near, near_index, far, far_index, *, forward):
         self.num_edges, self.num_keys, self.channels = x.shape
-        self.tile, self.in_registers = _tile(self.channels, x.dtype, forward=forward)
+        self.tile, self.in_registers = _tile(self.channels, x.dtype, x.device, forward=forward)
         tile = self.tile
         self.edges = tile.rows // self.num_keys
         self.num_tiles = triton.cdiv(self.num_edges, self.edges)

@@ -49,7 +49,8 @@ class Compiled:
     registers: int
     shared: int
     spills: int
-    tensor_core: int
+    tensor_core: int  # instructions, of any generation
+    warpgroup: int  # those of Hopper among them
     has_dot: bool
 
     @property
@@ -105,6 +106,7 @@ def compile_launch(launch: Launch, arch: int) -> Compiled:
         built.metadata.shared,
         len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         len(re.findall(r"\bHGMMA|\bHMMA|\bDMMA", sass)),
+        sass.count("HGMMA"),
         "tt.dot" in built.asm["ttir"],
     )
 
@@ -146,9 +148,12 @@ def main() -> int:
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=list(SHARED_MEMORY))
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # the workers below are forks
+    todo = {}
     for channels, precision, arch in product(arguments.channels, arguments.precision, arguments.arch):
         config = f"{channels} {precision} {arch}"
-        _todo.extend((config, launch, arch) for launch in model_launches(channels, precision, arch))
+        for launch in model_launches(channels, precision, arch):
+            todo.setdefault((key(launch), arch), (config, launch, arch))
+    _todo.extend(todo.values())
     faults = 0
     with ProcessPoolExecutor(os.cpu_count(), get_context("fork")) as pool:
         for (config, *_), compiled in zip(_todo, pool.map(_compile, range(len(_todo))), strict=True):
