@@ -63,9 +63,9 @@ def cases(smoke: bool) -> list[Case]:
     elif torch.cuda.is_available():
         sizes = [
             ("training step", 256, 100_000, 1),
-            ("fine-tuning step", 256, 0, 32),
             ("training step", 256, 1_000_000, 1),
             ("training step", 256, 300_000, 1),
+            ("fine-tuning step", 256, 0, 32),
             ("training step", 256, 30_000, 1),
             ("training step", 256, 10_000, 1),
             ("prediction", 256, 100_000, 1),
