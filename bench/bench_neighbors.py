@@ -246,7 +246,7 @@ def bench_threads(benchmark, task, threads):
         benchmark(build_graph, small_crystals("bundled"), threads=threads)
     else:
         crystals = silicon(16) if task == "one large crystal" else small_crystals("bundled")
-        measure(benchmark, ours, crystals, 6.0, threads=threads)
+        measure(benchmark, ours, crystals, 8.0, threads=threads)
 
 
 @pytest.mark.parametrize("repeats", [1, 2, 4, 8, 16, 24])

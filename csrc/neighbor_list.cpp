@@ -2,8 +2,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <exception>
 #include <limits>
 #include <sstream>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "cell_reduction.hpp"
@@ -18,7 +22,6 @@ constexpr std::int64_t kRanked = 192;        // so many numbers are ranked by co
 constexpr std::int64_t kCrystalsABlock = 4;  // handed to a thread at once
 constexpr std::int64_t kRowsABlock = 128;    // the same within a large crystal
 constexpr std::int64_t kSharedAtoms = 2048;  // crystals with more atoms are worked on by all threads
-constexpr std::size_t kVector = 16;          // room that kernels want behind what they write
 
 // What a thread works with.
 struct Worker {
@@ -33,7 +36,7 @@ struct Candidates {
   std::int64_t count;
 };
 
-// The k-th of `count` positive numbers; `space` has room for as many.
+// The k-th of `count` positive numbers; `space` has room for kVector more.
 float kth_least(const float* numbers, std::int64_t count, std::int32_t k, std::uint32_t* space) {
   if (count > kRanked) {
     auto* copy = reinterpret_cast<float*>(space);
@@ -169,8 +172,8 @@ class Finder {
     std::vector<double> limits(n_atoms), needed(n_atoms);
     for (;;) {
       prepare(b, cell, atoms, radius, worker);
-      for (Worker& any : workers_) {
-        if (&any == &worker || n_atoms > kSharedAtoms) any.scratch.clear();
+      for (Worker& any : workers_) {  // of a crystal not shared, other workers are busy with others
+        if (&any == &worker || shared(b)) any.scratch.clear();
       }
       for_rows([&](Worker& own, std::uint32_t i) {
         candidates[i] = find_candidates(search, b, i, radius, own.scratch);
@@ -210,7 +213,7 @@ class Finder {
   // Everything but the atom itself that may be within the radius.
   Candidates find_candidates(const NeighborSearch& search, std::int64_t b, std::uint32_t i, double radius,
                              Arena& scratch) const {
-    const std::size_t capacity = search.capacity() + kVector;
+    const std::int64_t capacity = search.capacity() + kVector;
     // Codes and distances lie in one piece, moved together when their number is known.
     auto* codes = scratch.room<std::uint32_t>(2 * capacity);
     auto* squared = reinterpret_cast<float*>(codes + capacity);

@@ -15,7 +15,6 @@ constexpr double kUnit = 1.0 / (1 << 24);  // half a unit in the last place of s
 // Points are sorted into bins if there are more than these, and more than so many for each neighbour.
 constexpr double kBinnedPoints = 512, kBinnedRatio = 40;
 constexpr std::int64_t kRanked = 192;  // up to so many keys are sorted by counting the lesser ones
-constexpr std::size_t kVector = 16;    // single-precision numbers in the widest register
 
 // Memory of a thread for sorting.
 struct SortSpace {
@@ -216,7 +215,8 @@ void NeighborSearch::list_points(std::size_t n_atoms) {
   const ListKernel list = vector_kernels().list;
   count_ = 0;
   for (std::size_t j = 0; j < n_atoms; ++j) {
-    if (points_.x.size() < count_ + images + kVector) points_.resize(2 * (count_ + images + kVector));
+    if (static_cast<std::int64_t>(points_.x.size()) < count_ + images + kVector)
+      points_.resize(2 * (count_ + images + kVector));
     const Vec4& x = tables_.position[j];
     const float atom[3] = {float(x.x - middle_.x), float(x.y - middle_.y), float(x.z - middle_.z)};
     count_ += list(translations, images, atom, half, reach, std::uint32_t(j) << tables_.image_bits,

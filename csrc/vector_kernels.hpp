@@ -8,6 +8,8 @@
 
 namespace mgt {
 
+constexpr std::int64_t kVector = 16;  // single-precision numbers in the widest register
+
 // A vector that fills a register of the machine.
 struct alignas(32) Vec4 {
   double x, y, z, unused;
@@ -46,7 +48,7 @@ struct NewPoints {
 };
 
 // Of the images of an atom, write those within sqrt(reach) of the box |x| <= half, with codes from `code` on;
-// return how many there are. Room for a vector more than that is needed.
+// return how many there are. Room for kVector more than that is needed.
 using ListKernel = std::int64_t (*)(const Points& translations, std::int64_t images, const float* atom,
                                     const float* half, float reach, std::uint32_t code,
                                     const NewPoints& points);
@@ -58,7 +60,7 @@ struct Bounds {
 };
 
 // Of points begin to end, write the codes of the candidates round `centre`, in order, and where `squared` is
-// not null their squared distances; return how many there are. Room for a vector more than that is needed.
+// not null their squared distances; return how many there are. Room for kVector more than that is needed.
 // Adds to `unsure` the number of points with d^2 <= far that are not sure.
 using SelectKernel = std::int64_t (*)(const Points& points, std::int64_t begin, std::int64_t end,
                                       const float* centre, const Bounds& bounds, std::uint32_t* codes,
