@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test aot bench lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -13,6 +13,10 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+# Every Triton kernel in every configuration, compiled for GPUs without one; minutes.
+aot: $(VENV)/installed
+	$(BIN)/python tests/kernels/aot.py --channels 128 256 512 --precision float32 tf32 bf16
 
 bench: $(VENV)/installed
 	$(INSTALL) --no-build-isolation --editable ".[bench]"

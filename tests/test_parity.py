@@ -12,7 +12,7 @@ def failures(tensors, backend="reference"):
     return {(c.task, c.mode, c.group, c.name) for c in run_parity(tensors, backend) if not c.passed}
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
 def test_published_program_is_met(backend, capsys):
     assert main([str(GOLDEN), "--backend", backend]) == 0
     shown = [line.split()[:3] for line in capsys.readouterr().out.splitlines() if " ok " in line]

@@ -29,6 +29,7 @@ def gated_attention(
     norm: nn.BatchNorm1d,
     *,
     x_rows: Segments | None = None,
+    count: torch.Tensor | None = None,
     backend: str = "torch",
 ) -> torch.Tensor:
     """Sum over an edge's M keys of v_m · sigmoid(BN(q · k_m / √C)).
@@ -46,6 +47,9 @@ def gated_attention(
         key, value: second layers of the two networks, C → C.
         norm: BatchNorm over all E·M rows; in training its running statistics are updated.
         x_rows: where (edge, m) share their rows of x, the row of each, E·M of them, and x is (n, C).
+        count: number of edges that the statistics are taken over, the first ones; 0-dim int64 on the device.
+            The others are padding: what they give has no meaning, and its gradient must be zero. Absent, all
+            edges count.
         backend: "torch" or "triton".
 
     Returns:
@@ -67,7 +71,7 @@ def gated_attention(
         norm.num_batches_tracked += 1
     if backend == "torch":
         return gated_attention_reference(
-            x, weight, near, far, Rows(x_rows, near_rows, far_rows), key, value, norm
+            x, weight, near, far, Rows(x_rows, near_rows, far_rows, count), key, value, norm
         )
     if channels not in CHANNELS:
         raise ValueError(
@@ -87,6 +91,7 @@ def gated_attention(
         far_rows.index,
         far_rows.order,
         far_rows.ptr,
+        count,
         key.weight.to(dtype),
         key.bias.to(wide),
         value.weight.to(dtype),
@@ -99,6 +104,8 @@ def gated_attention(
         norm.eps,
     )
     if norm.training:
+        if count is not None:
+            total = count * num_keys
         var = var * (total / (total - 1))
         for running, batch in ((norm.running_mean, mean), (norm.running_var, var)):
             running.lerp_(batch.detach().to(running.dtype), norm.momentum)
@@ -117,6 +124,7 @@ def _gated_attention(
     far_index: torch.Tensor,
     far_order: torch.Tensor,
     far_ptr: torch.Tensor,
+    count: torch.Tensor | None,
     key_w: torch.Tensor,
     key_b: torch.Tensor,
     value_w: torch.Tensor,
@@ -132,7 +140,7 @@ def _gated_attention(
     from .triton import forward_keys, forward_values
 
     rows = (x, weight, near, near_index, far, far_index)
-    keys, mean, var = forward_keys(*rows, key_w, key_b, training)
+    keys, mean, var = forward_keys(*rows, key_w, key_b, training, count)
     if not training:
         mean, var = running_mean.clone(), running_var.clone()
     out = forward_values(*rows, value_w, value_b, keys, mean, (var + eps).rsqrt(), norm_w, norm_b)
@@ -141,8 +149,9 @@ def _gated_attention(
 
 @_gated_attention.register_fake
 def _(
-    x, weight, near, near_index, near_order, near_ptr, far, far_index, far_order, far_ptr, key_w, key_b, *_
-):
+    x, weight, near, near_index, near_order, near_ptr, far, far_index, far_order, far_ptr, count,
+    key_w, key_b, *_,
+):  # fmt: skip
     return x.new_empty(x.shape[0], x.shape[2]), torch.empty_like(x), *(torch.empty_like(key_b) for _ in "mv")
 
 
@@ -159,6 +168,7 @@ def _gated_attention_backward(
     far_index: torch.Tensor,
     far_order: torch.Tensor,
     far_ptr: torch.Tensor,
+    count: torch.Tensor | None,
     key_w: torch.Tensor,
     value_w: torch.Tensor,
     value_b: torch.Tensor,
@@ -175,7 +185,7 @@ def _gated_attention_backward(
 
     grad_x, grad_weight, grad_near, grad_far, *others = backward(
         grad.contiguous(), x, weight, near, near_index, far, far_index, key_w, value_w, value_b,
-        keys, mean, (var + eps).rsqrt(), norm_w, norm_b, training,
+        keys, mean, (var + eps).rsqrt(), norm_w, norm_b, training, count,
     )  # fmt: skip
     grad_far = sum_rows(grad_far, far_order, far_ptr, backend="triton").view_as(far)
     if near_index is not None:
@@ -185,7 +195,7 @@ def _gated_attention_backward(
 
 @_gated_attention_backward.register_fake
 def _(
-    grad, x, weight, near, near_index, near_order, near_ptr, far, far_index, far_order, far_ptr,
+    grad, x, weight, near, near_index, near_order, near_ptr, far, far_index, far_order, far_ptr, count,
     key_w, value_w, value_b, norm_w, norm_b, *_,
 ):  # fmt: skip
     like = (x, weight, near, far, key_w, value_b, value_w, value_b, norm_w, norm_b)
@@ -200,7 +210,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad, *_):
     x, weight, near, far, *others = _gated_attention_backward(grad, *ctx.saved_tensors, ctx.training, ctx.eps)
-    return (x, weight, near, None, None, None, far, None, None, None, *others, None, None, None, None)
+    return (x, weight, near, None, None, None, far, None, None, None, None, *others, None, None, None, None)
 
 
 _gated_attention.register_autograd(_backward, setup_context=_setup_context)

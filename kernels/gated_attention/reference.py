@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +26,17 @@ CPU_CHUNK = 1 << 18  # numbers in one array of a chunk: 1 MiB in float32
 
 @dataclass(frozen=True)
 class Rows:
-    """Which rows of x, near and far belong to an edge; see `gated_attention`."""
+    """Which rows of x, near and far belong to an edge, and which edges count; see `gated_attention`."""
 
     x: Segments | None
     near: Segments | None
     far: Segments
+    count: torch.Tensor | None = None
+
+    @cached_property
+    def num_counted(self) -> int:
+        """Edges that the statistics are taken over."""
+        return self.far.index.shape[0] if self.count is None else int(self.count)
 
 
 def gated_attention(
@@ -100,7 +107,10 @@ class _GatedAttention(torch.autograd.Function):
             if not norm.training:
                 gate(edges, product.sub_(mean), value)
                 continue
+            product = product[_counted(edges, rows)]
             new = product.shape[0] * num_keys  # merge the chunk's mean and summed squares (Chan et al. 1979)
+            if not new:
+                continue
             chunk_mean = product.mean((0, 1))
             delta = chunk_mean - batch_mean
             batch_mean = batch_mean + delta * (new / (count + new))
@@ -152,7 +162,7 @@ class _GatedAttention(torch.autograd.Function):
                 _, centred, _, grad_norm = before_gate(edges)
                 grad_norm_b += grad_norm.sum((0, 1))
                 grad_slope += grad_norm.mul_(centred).sum((0, 1))
-            total = num_edges * num_keys
+            total = rows.num_counted * num_keys
             shift, tilt = grad_norm_b / total, grad_slope * (inv_std.square() / total)
 
         grad_pre = torch.empty_like(pre)
@@ -165,7 +175,8 @@ class _GatedAttention(torch.autograd.Function):
         for edges in chunks:
             query, centred, grad_value, grad_norm = before_gate(edges)
             if ctx.training:
-                grad_norm.sub_(shift).sub_(centred.mul_(tilt))
+                counted = _counted(edges, rows)
+                grad_norm[counted].sub_(shift).sub_(centred[counted].mul_(tilt))
             else:
                 grad_norm_b += grad_norm.sum((0, 1))
                 grad_slope += centred.mul_(grad_norm).sum((0, 1))
@@ -210,6 +221,11 @@ class _GatedAttention(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _counted(edges, rows):
+    """Those of a chunk's edges that the statistics are taken over."""
+    return slice(max(rows.num_counted - edges.start, 0))
 
 
 def _take(x, segments, edges):

@@ -128,15 +128,16 @@ def _standardise(
 
 @triton.jit(do_not_specialize=["num_edges"])
 def keys_kernel(
-    x, weight, near, near_index, far, far_index, key_w, key_b, hiddens, keys, means, squares, num_edges,
+    x, weight, near, near_index, far, far_index, key_w, key_b, hiddens, keys, means, squares, num_counted, num_edges,
     C: tl.constexpr, M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
     SCALE: tl.constexpr, STATISTICS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Keys, and each tile's mean and summed squares of query · key / √C about it."""
-    _edge, row, near_row, far_row, valid = _tile_rows(near_index, far_index, num_edges, M, BLOCK_R)
+    """Keys, and each tile's mean and summed squares of query · key / √C about it, of the edges that count."""
+    edge, row, near_row, far_row, valid = _tile_rows(near_index, far_index, num_edges, M, BLOCK_R)
     dtype = keys.dtype.element_ty
     inside = valid[:, None]
-    count = tl.sum(valid.to(ACC), 0)
+    counted = valid if num_counted is None else valid & (edge < tl.load(num_counted))
+    count = tl.maximum(tl.sum(counted.to(ACC), 0), 1)
     every = tl.arange(0, C)
     if hiddens is None:  # the hidden layer stays in registers
         pre = _first_layer(
@@ -161,9 +162,9 @@ def keys_kernel(
         if STATISTICS:
             at = near + near_row[:, None] * (3 * C) + column[None, :]
             product = key.to(ACC) * (tl.load(at, mask=inside, other=0.0).to(ACC) * SCALE)
-            product = tl.where(inside, product, 0.0)
+            product = tl.where(counted[:, None], product, 0.0)
             mean = tl.sum(product, 0) / count
-            centred = tl.where(inside, product - mean[None, :], 0.0)
+            centred = tl.where(counted[:, None], product - mean[None, :], 0.0)
             at = tl.program_id(0).to(tl.int64) * C + column
             tl.store(means + at, mean)
             tl.store(squares + at, tl.sum(centred * centred, 0))
@@ -278,22 +279,24 @@ def backward_values_kernel(
 @triton.jit(do_not_specialize=["num_edges"])
 def backward_keys_kernel(
     x, weight, near, near_index, far, far_index, key_w, keys, mean, inv_std, scale, shift, slope,
-    grad_norm, hiddens, grad_pre, grad_query, grad_near, sums, num_edges,
+    grad_norm, hiddens, grad_pre, grad_query, grad_near, sums, num_counted, num_edges,
     C: tl.constexpr, M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr, SCALE: tl.constexpr, PRE_STRIDE: tl.constexpr, QUERY_STRIDE: tl.constexpr,
     FOLD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the queries and the key network; the keys' own replaces `grad_norm`.
 
-    Through BatchNorm the gradient of query · key / √C is scale · (grad_norm − shift − slope · standardised).
+    Through BatchNorm the gradient of query · key / √C is scale · (grad_norm − shift − slope · standardised)
+    for edges that count, and zero for others.
     """
-    _edge, row, near_row, far_row, valid = _tile_rows(near_index, far_index, num_edges, M, BLOCK_R)
+    edge, row, near_row, far_row, valid = _tile_rows(near_index, far_index, num_edges, M, BLOCK_R)
     dtype = x.dtype.element_ty
     inside = valid[:, None]
     _hidden_to_memory(
         hiddens, grad_pre, PRE_STRIDE, x, weight, near, far, row, near_row, far_row, valid,
         0, C, BLOCK_K, BLOCK_N, ACC, PRECISION,
     )  # fmt: skip
+    counted = valid if num_counted is None else valid & (edge < tl.load(num_counted))
     tile = tl.program_id(0).to(tl.int64) * C
     for start in range(0, C, BLOCK_E):
         column = start + tl.arange(0, BLOCK_E)
@@ -303,7 +306,7 @@ def backward_keys_kernel(
         )  # fmt: skip
         g = tl.load(at, mask=inside, other=0.0).to(ACC)
         g -= tl.load(shift + column)[None, :] + tl.load(slope + column)[None, :] * standard
-        g = tl.where(inside, g * tl.load(scale + column)[None, :], 0.0)
+        g = tl.where(counted[:, None], g * tl.load(scale + column)[None, :], 0.0)
         g_key = g * query
         tl.store(sums + tile + column, tl.sum(g_key, 0))
         tl.store(at, g_key.to(dtype), mask=inside)
@@ -339,9 +342,9 @@ _THROUGH_MEMORY_80 = _THROUGH_MEMORY | {2: Tile(128, 64, 64, 8, 2)}
 
 def _tile(channels: int, dtype: torch.dtype, device: torch.device, *, forward: bool) -> tuple[Tile, bool]:
     """Choose a tile, and whether hidden layers stay in registers."""
-    if INTERPRETED:  # small, and each way is tried
+    if INTERPRETED:  # few programs, and each way is tried
         step = min(channels, 32)
-        return Tile(32, step, step, 4, 1), forward and channels < 32
+        return Tile(128, step, step, 4, 1), forward and channels < 32
     if forward and dtype == torch.bfloat16 and channels in _IN_REGISTERS:
         return _IN_REGISTERS[channels], True
     tile = (_THROUGH_MEMORY if target_arch(device) >= 90 else _THROUGH_MEMORY_80)[dtype.itemsize]
@@ -383,22 +386,28 @@ class _Launcher:
         """Room for what every tile adds up for itself."""
         return torch.empty(self.num_tiles, *shape, dtype=self.accumulator, device=self.inputs[0].device)
 
-    def merge(self, means: torch.Tensor, squares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and biased variance over all rows from those of the tiles (Chan et al. 1979)."""
+    def merge(
+        self, means: torch.Tensor, squares: torch.Tensor, num_counted: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and biased variance over all rows that count from those of the tiles (Chan et al. 1979)."""
         first = torch.arange(self.num_tiles, device=means.device) * self.edges
-        count = (self.num_edges - first).clamp(max=self.edges)[:, None].to(means.dtype) * self.num_keys
-        total = self.num_edges * self.num_keys
+        edges = self.num_edges if num_counted is None else num_counted
+        count = (edges - first).clamp(0, self.edges)[:, None].to(means.dtype) * self.num_keys
+        total = edges * self.num_keys
         mean = (means * count).sum(0) / total
         return mean, (squares.sum(0) + ((means - mean).square() * count).sum(0)) / total
 
 
-def forward_keys(x, weight, near, near_index, far, far_index, key_w, key_b, training):
+def forward_keys(x, weight, near, near_index, far, far_index, key_w, key_b, training, num_counted):
     """Return the keys (E, M, C) and, in training, mean and biased variance of the products, (C,) each."""
     run = _Launcher(x, weight, near, near_index, far, far_index, forward=True)
     keys = torch.empty_like(x)
     means, squares = (run.partial(run.channels) if training else None for _ in range(2))
-    run(keys_kernel, *run.inputs, key_w, key_b, run.hiddens(), keys, means, squares, STATISTICS=training)
-    return (keys, *run.merge(means, squares)) if training else (keys, None, None)
+    run(
+        keys_kernel, *run.inputs, key_w, key_b, run.hiddens(), keys, means, squares, num_counted,
+        STATISTICS=training,
+    )  # fmt: skip
+    return (keys, *run.merge(means, squares, num_counted)) if training else (keys, None, None)
 
 
 def forward_values(
@@ -416,7 +425,7 @@ def forward_values(
 
 def backward(
     grad, x, weight, near, near_index, far, far_index,
-    key_w, value_w, value_b, keys, mean, inv_std, norm_w, norm_b, training,
+    key_w, value_w, value_b, keys, mean, inv_std, norm_w, norm_b, training, num_counted,
 ):  # fmt: skip
     """Return the gradients, those of `near` and `far` still one row an edge.
 
@@ -444,11 +453,12 @@ def backward(
     grad_value_w = grad_value.t() @ hiddens
 
     scale = norm_w * inv_std
-    shift, slope = sums[:, :2].sum(0) / max(rows, 1) if training else scale.new_zeros(2, channels)
+    total = max(rows, 1) if num_counted is None else num_counted * run.num_keys
+    shift, slope = sums[:, :2].sum(0) / total if training else scale.new_zeros(2, channels)
     sums = run.partial(channels)
     run(
         backward_keys_kernel, *run.inputs, key_w, keys, *statistics, scale, shift, slope,
-        grad_norm, hiddens, grad_pre, grad_query, grad_near, sums,
+        grad_norm, hiddens, grad_pre, grad_query, grad_near, sums, num_counted,
         QUERY_STRIDE=grad_query.stride(0), **constants,
     )  # fmt: skip
     if grad_query is not grad_near:

@@ -35,7 +35,7 @@ class Problem:
         pick = lambda count, n: Segments(torch.randint(n, (count,), device=DEVICE), n)  # noqa: E731
         self.x_rows = pick(num_edges * num_keys, shared) if shared else None
         self.near_rows = pick(num_edges, near) if near else None
-        self.far_rows = pick(num_edges, 3)
+        self.far_rows, self.count = pick(num_edges, 3), None
         x = (shared, channels) if shared else (num_edges, num_keys, channels)
         shapes = (x, (2 * channels, channels), (near or num_edges, 3 * channels), (3, num_keys, 2 * channels))
         self.tensors = [torch.randn(shape, **like).requires_grad_() for shape in shapes]
@@ -49,6 +49,7 @@ class Problem:
         self.norm.train(training)
         function = self.autograd if backend == "autograd" else self.call
         out = function(*self.tensors, backend)
+        out = out if self.count is None else out[: self.count]
         weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=DEVICE).view_as(out)
         modules = (self.key, self.value, self.norm)
         inputs = (*self.tensors, *(p for module in modules for p in module.parameters()))
@@ -57,7 +58,26 @@ class Problem:
     def call(self, x, weight, near, far, backend):
         rows = {"near_rows": self.near_rows, "far_rows": self.far_rows, "x_rows": self.x_rows}
         modules = {"key": self.key, "value": self.value, "norm": self.norm}
-        return gated_attention(x, weight, near, far=far, **rows, **modules, backend=backend)
+        return gated_attention(x, weight, near, far=far, **rows, **modules, count=self.count, backend=backend)
+
+    def pad(self, num_edges):
+        """Add edges that do not count, of other numbers."""
+        real, num_keys = self.far_rows.index.shape[0], self.tensors[3].shape[1]
+        more = lambda rows, n, size: Segments(  # noqa: E731
+            torch.cat((rows.index, torch.randint(n, (size,), device=DEVICE))), n
+        )
+        self.count = torch.tensor(real, device=DEVICE)
+        self.far_rows = more(self.far_rows, 3, num_edges)
+        for i, own in ((0, self.x_rows is None), (2, self.near_rows is None)):
+            if own:
+                tensor = self.tensors[i].detach()
+                extra = 10 * torch.randn_like(tensor[:1].expand(num_edges, *tensor.shape[1:]))
+                self.tensors[i] = torch.cat((tensor, extra)).requires_grad_()
+        if self.x_rows is not None:
+            self.x_rows = more(self.x_rows, self.x_rows.num_segments, num_edges * num_keys)
+        if self.near_rows is not None:
+            self.near_rows = more(self.near_rows, self.near_rows.num_segments, num_edges)
+        return self
 
     def autograd(self, x, weight, near, far, _):
         num_keys, channels = far.shape[1], near.shape[1] // 3
@@ -94,11 +114,28 @@ def test_matches_autograd(num_edges, num_keys, rows, training, backend, monkeypa
     torch.testing.assert_close(buffers, expected_buffers, rtol=1e-11, atol=1e-11)
 
 
+@on_both_backends
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("num_edges", "num_keys", "rows"), [(15, 3, {}), (33, 1, {"near": 4}), (20, 3, {"near": 5, "shared": 9})]
+)
+def test_edges_that_do_not_count_change_nothing(num_edges, num_keys, rows, training, backend, monkeypatch):
+    monkeypatch.setattr(reference, "CPU_CHUNK", 300)  # some chunks without an edge that counts
+    padded = Problem(num_edges, num_keys, **rows).pad(50)
+    out, grads, buffers = padded.run(training, backend)
+    expected, expected_grads, expected_buffers = Problem(num_edges, num_keys, **rows).run(training, backend)
+    torch.testing.assert_close(out, expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(buffers, expected_buffers, rtol=1e-11, atol=1e-11)
+    for grad, real in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad[: len(real)], real, rtol=1e-9, atol=1e-10)
+        assert not grad[len(real) :].any()
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_keys_of_an_edge_are_summed_on_the_chip(training, monkeypatch):
-    apart = Problem(25, 3).run(training, "triton")
+    apart = Problem(50, 3).run(training, "triton")
     monkeypatch.setattr(kernels, "FOLDED", (torch.float64,))
-    torch.testing.assert_close(Problem(25, 3).run(training, "triton"), apart, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(Problem(50, 3).run(training, "triton"), apart, rtol=1e-9, atol=1e-10)
 
 
 @on_both_backends
@@ -174,14 +211,15 @@ def test_channels_without_tiles_are_named():
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("near", [0, 3])
-def test_registration(training, near):
+@pytest.mark.parametrize(("near", "count"), [(0, None), (3, 5)])
+def test_registration(training, near, count):
     problem = Problem(6, 2, near=near)
     x, weight, near, far = problem.tensors
     far_rows, near_rows = problem.far_rows, problem.near_rows
     linear = [p for module in (problem.key, problem.value, problem.norm) for p in module.parameters()]
     rows = (None,) * 3 if near_rows is None else (near_rows.index, near_rows.order, near_rows.ptr)
-    rows = (near, *rows, far, far_rows.index, far_rows.order, far_rows.ptr)
+    count = None if count is None else torch.tensor(count, device=DEVICE)
+    rows = (near, *rows, far, far_rows.index, far_rows.order, far_rows.ptr, count)
     statistics = (problem.norm.running_mean, problem.norm.running_var)
     inputs = (x, weight, *rows, *linear, *statistics, training, 1e-5)
     torch.library.opcheck(_gated_attention, inputs)
