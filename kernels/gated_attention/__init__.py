@@ -105,7 +105,7 @@ def gated_attention(
     )
     if norm.training:
         if count is not None:
-            total = count * num_keys
+            total = (count * num_keys).to(wide)
         var = var * (total / (total - 1))
         for running, batch in ((norm.running_mean, mean), (norm.running_var, var)):
             running.lerp_(batch.detach().to(running.dtype), norm.momentum)

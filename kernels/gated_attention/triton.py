@@ -5,7 +5,7 @@ the second layer's product. Of all intermediates only the keys outlive the forwa
 type: BatchNorm's statistics need every key before any gate can be computed. Everything else is made again in
 the backward pass.
 
-    pass             makes                                               products (C × C)   numbers moved a row
+    pass             makes                                               products (C × C)  numbers moved a row
     keys             k, and the sums for the statistics                  2                  2 C + 3 C / M
     values           v · gate, summed over an edge's keys                2                  2 C + 4 C / M
     backward values  gradients behind v, and of the gate                 3                  9 C + 6 C / M
@@ -128,7 +128,8 @@ def _standardise(
 
 @triton.jit(do_not_specialize=["num_edges"])
 def keys_kernel(
-    x, weight, near, near_index, far, far_index, key_w, key_b, hiddens, keys, means, squares, num_counted, num_edges,
+    x, weight, near, near_index, far, far_index, key_w, key_b, hiddens, keys, means, squares,
+    num_counted, num_edges,
     C: tl.constexpr, M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
     SCALE: tl.constexpr, STATISTICS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip

@@ -71,7 +71,7 @@ class Problem:
         for i, own in ((0, self.x_rows is None), (2, self.near_rows is None)):
             if own:
                 tensor = self.tensors[i].detach()
-                extra = 10 * torch.randn_like(tensor[:1].expand(num_edges, *tensor.shape[1:]))
+                extra = 2 * torch.randn_like(tensor[:1].expand(num_edges, *tensor.shape[1:]))
                 self.tensors[i] = torch.cat((tensor, extra)).requires_grad_()
         if self.x_rows is not None:
             self.x_rows = more(self.x_rows, self.x_rows.num_segments, num_edges * num_keys)
