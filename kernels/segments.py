@@ -134,7 +134,7 @@ def segment_mean(y: torch.Tensor, segments: Segments, *, backend: str = "torch")
 
 def _outer(h, t, segments):
     z = h.new_empty(segments.num_segments, h.shape[1], t.shape[1])
-    z[segments.count == 0] = 0
+    z[torch.nonzero(segments.count == 0).flatten()] = 0  # a mask would walk over all of z
     for members, rows in segments.groups:
         z[members] = torch.bmm(h[rows].transpose(1, 2), t[rows])
     return z
