@@ -31,6 +31,8 @@ class CrystalGraph:
         row_ptr: first edge of each atom (CSR over row 0) and E at the end, (N + 1,) int64.
         ids: one name a crystal.
         status: of a graph built with `max_edges`; see `neighbor_list`.
+        num_real: of a graph from `padding.pad_graph`: how many crystals, atoms and edges, the first ones, are
+            no padding, (3,) int64.
     """
 
     numbers: torch.Tensor
@@ -42,6 +44,7 @@ class CrystalGraph:
     row_ptr: torch.Tensor
     ids: tuple[str, ...]
     status: ListStatus | None = None
+    num_real: torch.Tensor | None = None
 
     @property
     def num_atoms(self) -> int:

@@ -17,6 +17,7 @@ from torch import nn
 from .elements import cgcnn_features
 from .graph import CrystalGraph
 from .kernels.activations import softplus
+from .kernels.batch_norm import batch_norm
 from .kernels.edge_attention import edge_attention
 from .kernels.node_attention import node_attention
 from .kernels.rbf_embedding import rbf_embedding
@@ -36,6 +37,16 @@ class GraphIndex:
     def __init__(self, graph: CrystalGraph, backend: str = "torch"):
         self.graph = graph
         self.backend = backend
+
+    @property
+    def num_real_atoms(self) -> torch.Tensor | None:
+        """Atoms that statistics are taken over, 0-dim; None: all of them."""
+        return None if self.graph.num_real is None else self.graph.num_real[1]
+
+    @property
+    def num_real_edges(self) -> torch.Tensor | None:
+        """Edges that statistics are taken over, 0-dim; None: all of them."""
+        return None if self.graph.num_real is None else self.graph.num_real[2]
 
     @cached_property
     def source(self) -> Segments:
@@ -197,11 +208,12 @@ class EdgeWiseAttention(_Attention):
             self.bn_att,
             edge_rows=edge.rows,
             angle_rows=angle.rows,
+            count=index.num_real_edges,
             backend=index.backend,
         )
         # The projection is applied once to the sum over three directions, its bias three times.
         out = F.linear(gated, self.lin_concate.weight, 3 * self.lin_concate.bias)
-        return residual_norm(edge.expand(), out, self.bn, backend=index.backend)
+        return residual_norm(edge.expand(), out, self.bn, count=index.num_real_edges, backend=index.backend)
 
 
 class NodeWiseAttention(_Attention):
@@ -233,9 +245,11 @@ class NodeWiseAttention(_Attention):
             self.lin_msg_update[2],
             self.bn_att,
             edge_rows=edge.rows,
+            count=index.num_real_edges,
             backend=index.backend,
         )
-        return residual_norm(node, self.lin_concate(gated), self.bn, backend=index.backend)
+        out = self.lin_concate(gated)
+        return residual_norm(node, out, self.bn, count=index.num_real_atoms, backend=index.backend)
 
 
 class _TensorProductBuffers(nn.Module):
@@ -329,5 +343,5 @@ class EquivariantUpdate(nn.Module):
             index.target,
             backend=index.backend,
         )
-        scalars = softplus(self.bn(scalars), backend=index.backend)
+        scalars = softplus(batch_norm(scalars, self.bn, index.num_real_atoms), backend=index.backend)
         return node + softplus(self.node_linear_2(scalars), backend=index.backend), features[1]

@@ -89,13 +89,15 @@ def pretraining_loss(
         weights: of contrast, SE(3) and SO(3) denoising.
 
     Raises:
-        ValueError: if the network's denoising heads are of the other kind.
+        ValueError: if the network's denoising heads are of the other kind, or the graph is padded.
 
     Source:
         arXiv 2507.15303, pretraining objective; per-edge denoising is this project's own.
     """
     if denoising not in ("crystal", "edge"):
         raise ValueError(f"denoising = {denoising!r}; choose crystal or edge")
+    if graph.num_real is not None:
+        raise ValueError("the pretraining losses take no padded graph; give the graph it was made from")
     index = GraphIndex(graph)
 
     def denoise(predicted: torch.Tensor | None, added: torch.Tensor) -> torch.Tensor | None:

@@ -302,8 +302,8 @@ class MGT(nn.Module):
         else:
             out["prediction"] = self.expert(torch.cat(views, dim=1))
             if config.views != "both":
-                share = torch.tensor([float(config.views == "se3"), float(config.views == "so3")])
-                out["contributions"] = share.to(views[0]).expand(graph.num_crystals, 2)
+                out["contributions"] = shares = views[0].new_zeros(graph.num_crystals, 2)
+                shares[:, ("se3", "so3").index(config.views)] = 1
         return MGTOutput(**out)
 
     @classmethod

@@ -12,7 +12,7 @@ SOURCES = sorted([*(ROOT / "mgt_fast").rglob("*.py"), *(ROOT / "kernels").rglob(
 LAYERS = [
     {"kernels", "config", "structures", "outputs", "elements", "cuda_module", "_C"},
     {"frames_cuda", "graph", "neighbors_cuda"},
-    {"layers"},
+    {"layers", "padding"},
     {"model", "losses", "importer", "data", "reference"},
     {"checkpoint", "inference"},
     {"train", "plots"},

@@ -26,6 +26,7 @@ def edge_attention(
     *,
     edge_rows: Segments | None = None,
     angle_rows: Segments | None = None,
+    count: torch.Tensor | None = None,
     backend: str = "torch",
 ) -> torch.Tensor:
     """Sum over the three lattice directions of the gated values, before the output projection.
@@ -39,7 +40,7 @@ def edge_attention(
         angle_w: merged map of a to key and value part, (2C, C).
         edge_rows: where edges share their features, which of f (n, C) each has.
         angle_rows: where directions share their embeddings, which of a (n, C) each of E·3 has.
-        key, value, norm, backend: second layers and BatchNorm, see `gated_attention`.
+        key, value, norm, count, backend: second layers and BatchNorm, see `gated_attention`.
 
     Returns:
         (E, C).
@@ -47,5 +48,5 @@ def edge_attention(
     from_edge = F.linear(edge, edge_w, edge_b)  # [E, 3C]
     return gated_attention(
         angle, angle_w, from_edge, edge_rows, frame, crystal, key, value, norm,
-        x_rows=angle_rows, backend=backend,
+        x_rows=angle_rows, count=count, backend=backend,
     )  # fmt: skip

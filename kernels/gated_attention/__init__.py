@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..batch_norm import update_running
 from ..precision import accumulator_dtype, compute_dtype
 from ..segment_sum import sum_rows
 from ..segments import Segments, gather_rows
@@ -106,9 +107,7 @@ def gated_attention(
     if norm.training:
         if count is not None:
             total = (count * num_keys).to(wide)
-        var = var * (total / (total - 1))
-        for running, batch in ((norm.running_mean, mean), (norm.running_var, var)):
-            running.lerp_(batch.detach().to(running.dtype), norm.momentum)
+        update_running(norm, mean, var * (total / (total - 1)))
     return out
 
 

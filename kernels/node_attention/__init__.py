@@ -26,6 +26,7 @@ def node_attention(
     norm: nn.BatchNorm1d,
     *,
     edge_rows: Segments | None = None,
+    count: torch.Tensor | None = None,
     backend: str = "torch",
 ) -> torch.Tensor:
     """Sum over the edges j → i of the gated values, before the output projection.
@@ -39,7 +40,7 @@ def node_attention(
         source_w: merged map of x_j to key and value part, (2C, C).
         edge_w: merged map of f to key and value part, (2C, C).
         edge_rows: where edges share their features, which of f (n, C) each has.
-        key, value, norm, backend: second layers and BatchNorm, see `gated_attention`.
+        key, value, norm, count, backend: second layers and BatchNorm, see `gated_attention`.
 
     Returns:
         (N, C).
@@ -48,6 +49,6 @@ def node_attention(
     as_source = F.linear(node, source_w)  # [N, 2C]
     messages = gated_attention(
         edge if edge_rows else edge[:, None], edge_w, as_target, target, as_source[:, None], source,
-        key, value, norm, x_rows=edge_rows, backend=backend,
+        key, value, norm, x_rows=edge_rows, count=count, backend=backend,
     )  # fmt: skip
     return segment_sum(messages, target, backend=backend)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..batch_norm import update_running
 from ..precision import accumulator_dtype, compute_dtype
 from .reference import residual_norm as residual_norm_reference
 
@@ -12,7 +13,12 @@ __all__ = ["residual_norm"]
 
 
 def residual_norm(
-    x: torch.Tensor, y: torch.Tensor, norm: nn.BatchNorm1d, *, backend: str = "torch"
+    x: torch.Tensor,
+    y: torch.Tensor,
+    norm: nn.BatchNorm1d,
+    *,
+    count: torch.Tensor | None = None,
+    backend: str = "torch",
 ) -> torch.Tensor:
     """softplus(x + BatchNorm(y)), (R, C); see `reference.residual_norm` for the arguments.
 
@@ -22,7 +28,7 @@ def residual_norm(
         ValueError: in training with fewer than two rows, whose statistics do not exist.
     """
     if backend == "torch":
-        return residual_norm_reference(x, y, norm)
+        return residual_norm_reference(x, y, norm, count)
     dtype = compute_dtype(x)
     wide = accumulator_dtype(dtype)
     x, y = x.to(dtype).contiguous(), y.to(dtype).contiguous()
@@ -31,15 +37,14 @@ def residual_norm(
         if num_rows < 2:
             raise ValueError(f"batch statistics need at least 2 rows, got {num_rows}")
         # Statistics merge in any grouping: those of other processes' rows could join here.
-        _, mean, var = _merge_statistics(_partial_statistics(y.detach()))
+        _, mean, var = _merge_statistics(_partial_statistics(y.detach(), count))
         norm.num_batches_tracked += 1
-        unbiased = var * (num_rows / (num_rows - 1))
-        for running, batch in ((norm.running_mean, mean), (norm.running_var, unbiased)):
-            running.lerp_(batch.to(running.dtype), norm.momentum)
+        total = num_rows if count is None else count.to(wide)
+        update_running(norm, mean, var * (total / (total - 1)))
     else:
         mean, var = norm.running_mean.to(wide), norm.running_var.to(wide)
     weight, bias = norm.weight.to(wide), norm.bias.to(wide)
-    return _residual_norm(x, y, mean, var, weight, bias, norm.training, norm.eps)
+    return _residual_norm(x, y, mean, var, weight, bias, norm.training, norm.eps, count)
 
 
 MAX_PARTS, ROWS_A_PART = 512, 64
@@ -51,15 +56,15 @@ def _num_parts(num_rows: int) -> int:
 
 
 @torch.library.custom_op("mgt_fast::partial_statistics", mutates_args=())
-def _partial_statistics(y: torch.Tensor) -> torch.Tensor:
-    """Count, mean and biased variance over each of P parts of the rows, (R, C) → (P, 3, C)."""
+def _partial_statistics(y: torch.Tensor, count: torch.Tensor | None = None) -> torch.Tensor:
+    """Count, mean and biased variance over each of P parts of the rows that count, (R, C) → (P, 3, C)."""
     from .triton import partial_statistics
 
-    return partial_statistics(y, _num_parts(y.shape[0]))
+    return partial_statistics(y, _num_parts(y.shape[0]), count)
 
 
 @_partial_statistics.register_fake
-def _(y):
+def _(y, count=None):
     return y.new_empty(_num_parts(y.shape[0]), 3, y.shape[1], dtype=accumulator_dtype(y.dtype))
 
 
@@ -86,6 +91,7 @@ def _residual_norm(
     bias: torch.Tensor,
     training: bool,
     eps: float,
+    count: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softplus(x + BatchNorm(y)); in training mean and var count as functions of y in the gradient."""
     from .triton import forward
@@ -94,7 +100,7 @@ def _residual_norm(
 
 
 @_residual_norm.register_fake
-def _(x, y, mean, var, weight, bias, training, eps):
+def _(x, y, *_):
     return torch.empty_like(y)
 
 
@@ -122,11 +128,12 @@ def _backward_y(
     weight: torch.Tensor,
     averages: torch.Tensor | None,
     eps: float,
+    count: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Gradient of y, (R, C); `averages` of g and g · ŷ over all rows, (2, C), if y made mean and var."""
+    """Gradient of y, (R, C); `averages` of g and g · ŷ over rows that count, (2, C), if y made mean, var."""
     from .triton import backward_y
 
-    return backward_y(grad_x, y, mean, var, weight, averages, eps)
+    return backward_y(grad_x, y, mean, var, weight, averages, eps, count)
 
 
 @_backward_y.register_fake
@@ -135,19 +142,19 @@ def _(grad_x, y, *_):
 
 
 def _setup_context(ctx, inputs, output):
-    _, y, mean, var, weight, _, ctx.training, ctx.eps = inputs
-    ctx.save_for_backward(output, y, mean, var, weight)
+    _, y, mean, var, weight, _, ctx.training, ctx.eps, count = inputs
+    ctx.save_for_backward(output, y, mean, var, weight, count)
 
 
 def _backward(ctx, grad):
-    out, y, mean, var, weight = ctx.saved_tensors
+    out, y, mean, var, weight, count = ctx.saved_tensors
     grad_x, parts = _backward_sums(grad, out, y, mean, var, ctx.eps)
     sums = parts.sum(0)
     # As the statistics, these averages run over all rows, those of other processes included.
-    averages = sums / y.shape[0] if ctx.training else None
-    grad_y = _backward_y(grad_x, y, mean, var, weight, averages, ctx.eps)
+    averages = sums / (y.shape[0] if count is None else count) if ctx.training else None
+    grad_y = _backward_y(grad_x, y, mean, var, weight, averages, ctx.eps, count)
     grad_bias, grad_weight = sums
-    return grad_x, grad_y, None, None, grad_weight, grad_bias, None, None
+    return grad_x, grad_y, None, None, grad_weight, grad_bias, None, None, None
 
 
 _residual_norm.register_autograd(_backward, setup_context=_setup_context)

@@ -6,15 +6,19 @@ import torch
 from torch import nn
 
 from ..activations import softplus
+from ..batch_norm import batch_norm
 
 
-def residual_norm(x: torch.Tensor, y: torch.Tensor, norm: nn.BatchNorm1d) -> torch.Tensor:
+def residual_norm(
+    x: torch.Tensor, y: torch.Tensor, norm: nn.BatchNorm1d, count: torch.Tensor | None = None
+) -> torch.Tensor:
     """softplus(x + BatchNorm(y)), the end of both attention layers.
 
     Args:
         x: features to update, (R, C).
         y: their change before normalisation, (R, C).
         norm: BatchNorm over the R rows; in training its running statistics are updated.
+        count: number of rows that the statistics are taken over, the first ones; see `batch_norm`.
 
     Returns:
         (R, C).
@@ -25,4 +29,4 @@ def residual_norm(x: torch.Tensor, y: torch.Tensor, norm: nn.BatchNorm1d) -> tor
     Source:
         arXiv 2507.15303, edge-wise and node-wise attention.
     """
-    return softplus(x + norm(y))
+    return softplus(x + batch_norm(y, norm, count))

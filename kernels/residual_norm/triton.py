@@ -41,13 +41,15 @@ def _store_statistics(out, column, total, mean, square, C: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_rows", "rows_each"])
 def _partial_statistics_kernel(
-    y, parts, num_rows, rows_each,
+    y, parts, num_counted, num_rows, rows_each,
     C: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Every slot of the tile follows its own rows; the slots are merged at the end."""
     part = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     end = tl.minimum((part + 1) * rows_each, num_rows)
+    if num_counted is not None:
+        end = tl.minimum(end, tl.load(num_counted))
     count = tl.zeros((BLOCK, 1), ACC)
     mean = tl.zeros((BLOCK, COLUMNS), ACC)
     square = tl.zeros((BLOCK, COLUMNS), ACC)
@@ -125,7 +127,7 @@ def _backward_sums_kernel(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _backward_y_kernel(
-    grad_x, y, mean, var, weight, averages, grad_y, num_rows,
+    grad_x, y, mean, var, weight, averages, grad_y, num_counted, num_rows,
     EPS: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[:, None]
@@ -140,6 +142,8 @@ def _backward_y_kernel(
         standard = (tl.load(y + place, mask=mask, other=0).to(ACC) - center[None, :]) * inv_std[None, :]
         slope -= tl.load(averages + column, mask=inside, other=0)[None, :]
         slope -= standard * tl.load(averages + C + column, mask=inside, other=0)[None, :]
+    if num_counted is not None:
+        slope = tl.where(row < tl.load(num_counted), slope, 0)
     scale = tl.load(weight + column, mask=inside, other=0) * inv_std
     tl.store(grad_y + place, slope * scale[None, :], mask=mask)
 
@@ -156,7 +160,7 @@ def _rows_each(num_rows: int, num_parts: int) -> int:
     return triton.cdiv(triton.cdiv(num_rows, max(num_parts, 1)), BLOCK_ROWS) * BLOCK_ROWS
 
 
-def partial_statistics(y: torch.Tensor, num_parts: int) -> torch.Tensor:
+def partial_statistics(y: torch.Tensor, num_parts: int, count: torch.Tensor | None) -> torch.Tensor:
     """Launch the first pass, (R, C) → (P, 3, C)."""
     (num_rows, columns), (tiles, constants) = y.shape, _tile(y)
     parts = y.new_empty(num_parts, 3, columns, dtype=accumulator_dtype(y.dtype))
@@ -165,6 +169,7 @@ def partial_statistics(y: torch.Tensor, num_parts: int) -> torch.Tensor:
         (num_parts, tiles),
         y,
         parts,
+        count,
         num_rows,
         _rows_each(num_rows, num_parts),
         **constants,
@@ -224,7 +229,7 @@ def backward_sums(grad, out, y, mean, var, eps: float, num_parts: int) -> tuple[
     return grad_x, parts
 
 
-def backward_y(grad_x, y, mean, var, weight, averages, eps: float) -> torch.Tensor:
+def backward_y(grad_x, y, mean, var, weight, averages, eps: float, count) -> torch.Tensor:
     """Launch the second backward pass: gradient of y, (R, C)."""
     tiles, constants = _tile(y)
     grad_y = torch.empty_like(y)
@@ -238,6 +243,7 @@ def backward_y(grad_x, y, mean, var, weight, averages, eps: float) -> torch.Tens
         weight,
         averages,
         grad_y,
+        count,
         y.shape[0],
         EPS=eps,
         **constants,

@@ -28,10 +28,10 @@ def problem(num_rows, channels, dtype=torch.float64, training=True, offset=0.0):
     return inputs, norm.to(DEVICE, wide).train(training)
 
 
-def run(inputs, norm, backend, weight=None):
+def run(inputs, norm, backend, count=None):
     """Output, gradients of inputs and parameters, buffers afterwards."""
     norm = copy.deepcopy(norm)
-    out = residual_norm(*inputs, norm, backend=backend)
+    out = residual_norm(*inputs, norm, count=count, backend=backend)[:count]
     weight = torch.linspace(-1, 2, out.numel(), dtype=torch.float64, device=DEVICE).view_as(out)
     grads = torch.autograd.grad((out * weight).sum(), [*inputs, norm.weight, norm.bias])
     return [out, *grads, *norm.buffers()]
@@ -53,6 +53,21 @@ def test_equals_reference(num_rows, channels, training):
     ]
     for a, b in zip(got, run(inputs, norm, "torch"), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("num_rows", [2, 63, 150])
+def test_rows_that_do_not_count_change_nothing(num_rows, training, backend):
+    pytest.importorskip("triton")
+    inputs, norm = problem(num_rows, 5, training=training)
+    expected = run(inputs, norm, backend)
+    padded = [torch.cat((v.detach(), 3 * v.detach().repeat(70, 1)[:130])).requires_grad_() for v in inputs]
+    got = run(padded, norm, backend, torch.tensor(num_rows, device=DEVICE))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a[: len(b)] if b.dim() else a, b, rtol=1e-10, atol=1e-10)
+    for grad in got[1:3]:
+        assert not grad[num_rows:].any()
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -124,17 +139,19 @@ def test_statistics_merge_in_any_grouping():
     torch.testing.assert_close(var, y.detach().var(0, unbiased=False))
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_opcheck(training):
+@pytest.mark.parametrize(("training", "count"), [(True, None), (True, 9), (False, None)])
+def test_opcheck(training, count):
     pytest.importorskip("triton")
     (x, y), norm = problem(15, 4, training=training)
-    parts = op._partial_statistics(y.detach())
-    torch.library.opcheck(op._partial_statistics, (y.detach(),))
+    count = None if count is None else torch.tensor(count, device=DEVICE)
+    parts = op._partial_statistics(y.detach(), count)
+    torch.library.opcheck(op._partial_statistics, (y.detach(), count))
     torch.library.opcheck(op._merge_statistics, (parts,))
     _, mean, var = op._merge_statistics(parts)
-    torch.library.opcheck(op._residual_norm, (x, y, mean, var, norm.weight, norm.bias, training, norm.eps))
+    parameters = (norm.weight, norm.bias)
+    torch.library.opcheck(op._residual_norm, (x, y, mean, var, *parameters, training, norm.eps, count))
     out = residual_norm(x, y, norm, backend="triton").detach()
     x, y = x.detach(), y.detach()
     torch.library.opcheck(op._backward_sums, (x, out, y, mean, var, norm.eps))
     averages = torch.ones(2, 4, dtype=torch.float64, device=DEVICE) if training else None
-    torch.library.opcheck(op._backward_y, (x, y, mean, var, norm.weight.detach(), averages, norm.eps))
+    torch.library.opcheck(op._backward_y, (x, y, mean, var, norm.weight.detach(), averages, norm.eps, count))
