@@ -47,7 +47,7 @@ class Rival:
 
 
 REFERENCE = Rival("reference")
-CPU_RIVALS = (REFERENCE, Rival("torch"))
+CPU_RIVALS = (REFERENCE, Rival("torch"), Rival("reference", "bf16"), Rival("torch", "bf16"))
 EAGER_RIVALS = (
     REFERENCE,
     Rival("triton", "bf16"),
