@@ -205,12 +205,15 @@ class FinetuneConfig(RunConfig):
 
     Attributes:
         loss: on the (scaled) targets; "huber" turns from square to linear at one standard deviation.
+        capture: pad batches to few sizes and replay each step as CUDA graphs, which is meant for small
+            batches; needs a CUDA device and the Triton backend. Not yet run on a GPU.
     """
 
     data: FinetuneDataConfig = FinetuneDataConfig()
     model: MGTConfig = MGTConfig()
     optim: OptimConfig = OptimConfig(lr=5e-4, epochs=500, warmup_epochs=10, batch_size=16)
     loss: Literal["mse", "l1", "huber"] = "mse"
+    capture: bool = False
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
 
     @field_validator("model", mode="before")

@@ -35,13 +35,23 @@ from .batches import (
     split_evenly,
     target_values,
 )
+from .capture import CapturedStep
 from .config import FinetuneConfig
 from .loop import fit
 from .runlog import PREDICTIONS, RunLog
 from .setup import autocast, check_fits_checkpoint, describe_parts, manifest_digest, start_torch
+from .step import TrainingStep
 from .targets import TargetScaling, errors, trivial_errors
 
 _LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}
+
+
+def _mean(values: torch.Tensor, graph: CrystalGraph) -> torch.Tensor:
+    """Average over the crystals of a graph, filler left out."""
+    if graph.num_real is None:
+        return values.mean()
+    count = graph.num_real[0]
+    return values.where(torch.arange(values.shape[0], device=values.device) < count, 0).sum() / count
 
 
 class FinetuneTask:
@@ -60,25 +70,36 @@ class FinetuneTask:
     ):
         self.model, self.source, self.targets, self.parts = model, source, targets, parts
         self.scaling, self.config = scaling, config
-        self.steps_per_epoch = len(split_evenly(len(parts["train"]), config.optim.batch_size, smallest=2))
+        sizes = split_evenly(len(parts["train"]), config.optim.batch_size, smallest=2)
+        self.steps_per_epoch, self.largest_batch = len(sizes), max(sizes)
 
     def batches(self, epoch: int) -> list[np.ndarray]:
         """Return the training crystals in shuffled batches."""
         return shuffled_batches(self.parts["train"], self.config.optim.batch_size, self.config.seed, epoch)
 
     def graph(self, indices: np.ndarray) -> CrystalGraph:
-        """Build the graphs of a batch."""
-        return self.source.graph(indices)
+        """Build the graphs of a batch; on the CPU if they are padded there."""
+        source = replace(self.source, device=torch.device("cpu")) if self.config.capture else self.source
+        return source.graph(indices)
 
     def loss(self, indices: np.ndarray, graph: CrystalGraph) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the loss on scaled targets, and the MAE in the target's units."""
-        scaled = torch.from_numpy(self.scaling.scale(self.targets[indices]))
-        scaled = scaled.to(self.source.device, torch.float32)
+        return self.loss_of(graph, self.batch_targets(indices).to(self.source.device))
+
+    def batch_targets(self, indices: np.ndarray) -> torch.Tensor:
+        """Return the scaled targets of a batch, (B,) float32 on the CPU."""
+        return torch.from_numpy(self.scaling.scale(self.targets[indices])).float()
+
+    def loss_of(
+        self, graph: CrystalGraph, scaled: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the loss on scaled targets, and the MAE in the target's units; filler does not count."""
         with autocast(self.config, self.source.device):
             predicted = self.model(graph).prediction.squeeze(1)
         predicted = predicted.float()
-        mae = (predicted.detach() - scaled).abs().mean() * self.scaling.std
-        return _LOSSES[self.config.loss](predicted, scaled), {"mae": mae}
+        mae = _mean((predicted.detach() - scaled).abs(), graph) * self.scaling.std
+        loss = _LOSSES[self.config.loss](predicted, scaled, reduction="none")
+        return _mean(loss, graph), {"mae": mae}
 
     def validate(self) -> dict[str, float]:
         """Return the MAE and RMSE of the val part."""
@@ -113,7 +134,8 @@ def finetune(
         those of always predicting that of the training targets; see `targets.errors`.
 
     Raises:
-        ConfigError, CheckpointError: if the checkpoint does not fit the configuration.
+        ConfigError, CheckpointError: if the checkpoint does not fit the configuration, or steps shall be
+            captured where they cannot be.
         DataError: if the target is unknown, a part is empty or there is one crystal to learn from.
         NonFiniteLossError: see `loop.fit`.
     """
@@ -155,6 +177,7 @@ def finetune(
     )
     model.to(device)
     task = FinetuneTask(model, source, targets, parts, scaling, config)
+    step = (CapturedStep if config.capture else TrainingStep)(task, config.optim)
     with RunLog(folder, config, console, overwrite) as log:
         sizes = {name: len(parts[name]) for name in PARTS if name in parts}
         log.say(f"fine-tuning {config.data.target} on {device}: {describe_parts(sizes)} crystals")
@@ -167,7 +190,7 @@ def finetune(
             for name in (LAST, BEST) if improved else (LAST,):
                 save_checkpoint(log.folder / name, model, meta)
 
-        result = fit(task, config.optim, log, save, config.early_stopping)
+        result = fit(task, config.optim, log, save, config.early_stopping, step)
         task.model = load_model(log.folder / BEST, config.backend, device)
         results = _score(task, train_targets, log.folder)
         log.write_results(results | {"epochs": result.epochs, "best_epoch": result.best_epoch})

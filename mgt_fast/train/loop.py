@@ -16,6 +16,7 @@ from ..graph import CrystalGraph
 from .config import EarlyStoppingConfig, OptimConfig
 from .runlog import RunLog
 from .schedule import BestTracker, warmup_cosine
+from .step import TrainingStep
 
 
 class NonFiniteLossError(RuntimeError):
@@ -63,6 +64,7 @@ def fit(
     log: RunLog,
     save: Callable[[int, dict[str, float], bool], None],
     early_stopping: EarlyStoppingConfig | None = None,
+    training_step: TrainingStep | None = None,
 ) -> FitResult:
     """Train until the last epoch, or until the monitored metric stops falling.
 
@@ -72,18 +74,17 @@ def fit(
         log: receives a record an epoch.
         save: called after each epoch with its number, its metrics and whether it is the best so far.
         early_stopping: when to stop; None runs to the end.
+        training_step: how a step is computed; None computes it as it stands.
 
     Raises:
         NonFiniteLossError: on a loss, gradient or metric that is not finite, before it reaches the weights.
     """
     model = task.model
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=optim.lr, weight_decay=optim.weight_decay)
+    training_step = training_step or TrainingStep(task, optim)
     total_steps = optim.epochs * task.steps_per_epoch
     warmup_steps = round(optim.warmup_epochs * task.steps_per_epoch)
     stopping = early_stopping or EarlyStoppingConfig()
     tracker = BestTracker(stopping.patience, stopping.min_delta)
-    max_norm = math.inf if optim.grad_clip is None else optim.grad_clip
     step = best_epoch = 0
     with log.progress() as progress:
         bar = progress.add_task("training", total=total_steps)
@@ -96,22 +97,18 @@ def fit(
                 graph = task.graph(indices)
                 graph_seconds += time.perf_counter() - built
                 lr = optim.lr * warmup_cosine(step, warmup_steps, total_steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                loss, figures = task.loss(indices, graph)
-                optimizer.zero_grad()
-                loss.backward()
-                norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-                if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+                result = training_step.gradients(indices, graph)
+                loss, norm = result.loss.item(), result.norm.item()
+                if not (math.isfinite(loss) and math.isfinite(norm)):
                     raise NonFiniteLossError(
-                        f"epoch {epoch}, step {step + 1}: loss {loss.item()}, gradient norm {norm.item()} "
-                        f"at learning rate {lr:.3g}; crystals of the batch: {', '.join(graph.ids)}. "
-                        "Check their cells and targets; otherwise lower optim.lr or set optim.grad_clip"
+                        f"epoch {epoch}, step {step + 1}: loss {loss}, gradient norm {norm} at learning rate "
+                        f"{lr:.3g}; crystals of the batch: {', '.join(graph.ids)}. Check their cells and "
+                        "targets; otherwise lower optim.lr or set optim.grad_clip"
                     )
-                optimizer.step()
+                training_step.update(lr)
                 step += 1
                 crystals += len(indices)
-                for name, value in {"loss": loss.detach(), **figures}.items():
+                for name, value in {"loss": loss, **result.figures}.items():
                     sums[name] += float(value) * len(indices)
                 progress.update(bar, advance=1, description=f"epoch {epoch}/{optim.epochs}")
             seconds = time.perf_counter() - start

@@ -1,0 +1,198 @@
+"""Training steps replayed as CUDA graphs, for small batches whose kernels end sooner than they are started.
+
+A captured step repeats the same kernels at the same addresses, so batches are padded to few sizes (see
+`padding`) and copied into arrays that stay. The first batch of a size is an ordinary step, which also loads
+the kernels and makes the optimiser's state; the second is captured; from then on two replays make a step: one
+for the gradients, one for the update, between which the loop looks whether the loss is finite. What the
+parameters, the running statistics and the optimiser hold is updated in place, and dropout draws from torch's
+generator, which a replay advances.
+
+No GPU has run this yet.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from ..graph import CrystalGraph
+from ..kernels import resolve_backend
+from ..padding import bucket, pad_graph
+from .config import ConfigError, OptimConfig
+from .step import StepResult, TrainingStep
+
+MAX_BUCKETS = 64
+"""Sizes kept, the ones used last; each holds the input arrays and two CUDA graphs, but shares the memory
+that these work in."""
+
+
+class PaddableTask(Protocol):
+    """A task whose loss leaves the filler of padded graphs out.
+
+    Attributes:
+        model: the network.
+        largest_batch: crystals in a batch, at most.
+    """
+
+    model: torch.nn.Module
+    largest_batch: int
+
+    def batch_targets(self, indices: np.ndarray) -> torch.Tensor:
+        """Return what the network shall predict for a batch, (B,) on the CPU."""
+
+    def loss_of(
+        self, graph: CrystalGraph, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the loss of a batch and figures from tensors alone; filler crystals do not count."""
+
+
+@dataclass
+class _Bucket:
+    """Input arrays of one size, and what was captured over them."""
+
+    graph: CrystalGraph
+    targets: torch.Tensor
+    warm: bool = False
+    gradients: torch.cuda.CUDAGraph | None = None
+    update: torch.cuda.CUDAGraph | None = None
+    result: StepResult | None = None
+
+    def fill(self, graph: CrystalGraph, targets: torch.Tensor):
+        """Copy another batch into the arrays."""
+        for field in fields(graph):
+            value = getattr(graph, field.name)
+            if isinstance(value, torch.Tensor):
+                getattr(self.graph, field.name).copy_(value)
+        self.targets.copy_(targets)
+
+
+class PaddedStep(TrainingStep):
+    """A training step over padded batches in arrays that stay; on any device, and nothing is captured.
+
+    Args:
+        task: what is trained.
+        optim: optimiser.
+    """
+
+    def __init__(self, task: PaddableTask, optim: OptimConfig):
+        super().__init__(task, optim)
+        self.device = self.parameters[0].device
+        self.num_crystals = task.largest_batch + 1  # the last is filler
+        self.buckets: OrderedDict[tuple[int, int], _Bucket] = OrderedDict()
+
+    def gradients(self, indices: np.ndarray, graph: CrystalGraph) -> StepResult:
+        """Compute the clipped gradients of a batch; the weights stay as they are.
+
+        Args:
+            indices: the crystals of the batch.
+            graph: their graphs, best on the CPU.
+
+        Raises:
+            ValueError: if there are fewer than two atoms or edges, over which there are no statistics.
+        """
+        return self._compute(self._load(indices, graph))
+
+    def _load(self, indices: np.ndarray, graph: CrystalGraph) -> _Bucket:
+        """Pad a batch and bring it into the arrays of its size."""
+        if min(graph.num_atoms, graph.num_edges) < 2:
+            raise ValueError(
+                f"{graph.num_atoms} atoms and {graph.num_edges} edges: batch statistics need at least 2 "
+                f"rows; crystals of the batch: {', '.join(graph.ids)}"
+            )
+        size = bucket(graph)
+        padded = replace(pad_graph(graph, *size, self.num_crystals), ids=())
+        targets = self.task.batch_targets(indices)
+        targets = torch.cat((targets, targets.new_zeros(self.num_crystals - len(targets))))
+        if size in self.buckets:
+            self.buckets[size].fill(padded, targets)
+            self.buckets.move_to_end(size)
+        else:
+            self.buckets[size] = _Bucket(padded.to(device=self.device), targets.to(self.device))
+            if len(self.buckets) > MAX_BUCKETS:
+                self.buckets.popitem(last=False)
+        return self.buckets[size]
+
+    def _compute(self, batch: _Bucket) -> StepResult:
+        return self._backward(*self.task.loss_of(batch.graph, batch.targets))
+
+
+class CapturedStep(PaddedStep):
+    """A training step of two CUDA graph replays.
+
+    Args:
+        task: what is trained.
+        optim: optimiser.
+
+    Raises:
+        ConfigError: if the network is not on a CUDA device or does not compute with Triton; nothing else can
+            be captured.
+    """
+
+    def __init__(self, task: PaddableTask, optim: OptimConfig):
+        device = next(task.model.parameters()).device
+        backend = resolve_backend(task.model.backend, device)
+        if device.type != "cuda" or backend != "triton":
+            raise ConfigError(
+                "capture = true needs a CUDA device and the Triton backend, but the network computes on "
+                f"{device} with backend {backend}; set capture to false"
+            )
+        self.lr = torch.tensor(optim.lr, device=device)  # where a captured update reads it
+        super().__init__(task, optim)
+        self.stream = torch.cuda.Stream(self.device)
+        self.pool = torch.cuda.graph_pool_handle()
+        self.batch: _Bucket | None = None
+
+    def _adamw(self, optim: OptimConfig) -> torch.optim.AdamW:
+        return torch.optim.AdamW(
+            self.parameters, lr=self.lr, weight_decay=optim.weight_decay, fused=True, capturable=True
+        )
+
+    def gradients(self, indices: np.ndarray, graph: CrystalGraph) -> StepResult:
+        """Compute the clipped gradients of a batch; see `PaddedStep.gradients`."""
+        self.batch = batch = self._load(indices, graph)
+        if not batch.warm:
+            batch.warm = True
+            with self._aside():
+                return self._compute(batch)
+        if batch.gradients is None:
+            self._capture(batch)
+        batch.gradients.replay()
+        return batch.result
+
+    def update(self, lr: float):
+        """Move the weights by the gradients computed last."""
+        self.lr.fill_(lr)
+        if self.batch.update is not None:
+            self.batch.update.replay()
+            return
+        with self._aside(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")
+            self.optimizer.step()
+
+    def _capture(self, batch: _Bucket):
+        """Record both halves of a step; nothing is computed."""
+        self.optimizer.zero_grad()
+        gradients, update = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        # Graphs share a pool: none keeps anything there between its replay and another's but its results,
+        # and gradients, whose update follows at once.
+        with torch.cuda.graph(gradients, pool=self.pool, stream=self.stream):
+            batch.result = self._compute(batch)
+        with torch.cuda.graph(update, pool=self.pool, stream=self.stream):
+            self.optimizer.step()
+        batch.gradients, batch.update = gradients, update
+        self.optimizer.zero_grad()  # the graphs know where their gradients are
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Run ordinary kernels on the stream that captures, as autograd wants it."""
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            yield
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
