@@ -22,7 +22,16 @@ import torch
 from costs import Sizes, model_flops
 from graphs import real_graph
 from machine import affordable_rounds, clock
-from rivals import COMPILED_RIVALS, CPU_RIVALS, EAGER_RIVALS, TASKS, Rival, Runner, checked_runner
+from rivals import (
+    CAPTURED_RIVALS,
+    COMPILED_RIVALS,
+    CPU_RIVALS,
+    EAGER_RIVALS,
+    TASKS,
+    Rival,
+    Runner,
+    checked_runner,
+)
 
 ROUND_SECONDS = 1.0  # about so long is a benchmark repeated
 COMPILED: dict[tuple, tuple[Runner, dict[str, float]]] = {}
@@ -77,10 +86,11 @@ def cases(smoke: bool) -> list[Case]:
         ]
     else:
         sizes, rivals = [(work, 256, 10_000, 1) for work in TASKS], CPU_RIVALS
+    captured = torch.cuda.is_available() and not smoke
     return [
         Case(work, channels, rival, edges, crystals, smoke)
         for work, channels, edges, crystals in sizes
-        for rival in rivals
+        for rival in (*rivals, *(CAPTURED_RIVALS if captured and work == "fine-tuning step" else ()))
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
@@ -13,8 +13,10 @@ from graphs import real_graph
 from machine import device, matmul_precision
 
 from mgt_fast import MGT, CrystalGraph, MGTConfig
-from mgt_fast.losses import draw_noise, pretraining_loss
+from mgt_fast.losses import draw_noise, mean_over_crystals, pretraining_loss
 from mgt_fast.reference import ReferenceMGT
+from mgt_fast.train.capture import CapturedStep
+from mgt_fast.train.step import StepResult
 
 MODELS = {
     "reference": ReferenceMGT,
@@ -36,14 +38,17 @@ class Rival:
         model: a key of `MODELS`.
         precision: of the matrix products: "float32", "tf32" or "bf16" (autocast).
         compiled: by torch.compile.
+        captured: padded, and replayed as CUDA graphs; fine-tuning steps alone.
     """
 
     model: str
     precision: str = "float32"
     compiled: bool = False
+    captured: bool = False
 
     def __str__(self):
-        return "-".join((self.model, self.precision, *["compiled"] * self.compiled))
+        suffixes = (*["compiled"] * self.compiled, *["captured"] * self.captured)
+        return "-".join((self.model, self.precision, *suffixes))
 
 
 REFERENCE = Rival("reference")
@@ -55,6 +60,9 @@ EAGER_RIVALS = (
     Rival("triton"),
     Rival("reference", "tf32"),
     Rival("torch"),
+)
+CAPTURED_RIVALS = tuple(
+    Rival("triton", precision, captured=True) for precision in ("bf16", "tf32", "float32")
 )
 COMPILED_RIVALS = (Rival("reference", "bf16", compiled=True), Rival("torch", "bf16", compiled=True))
 
@@ -118,6 +126,9 @@ class Runner:
 
     def step(self, graph: CrystalGraph) -> Callable[[], None]:
         """Return the function to be timed: one step, or one prediction."""
+        if self.rival.captured:
+            gradients, update = self.captured(graph)
+            return lambda: (gradients(), update())
         compute = self.computation(graph)
         if self.work == "prediction":
             return compute
@@ -129,18 +140,53 @@ class Runner:
 
         return step
 
+    def captured(self, graph: CrystalGraph) -> tuple[Callable[[], StepResult], Callable[[], None]]:
+        """Return the halves of a captured step; the graph is padded on the CPU and copied in each."""
+        step = CapturedStep(SmallBatch(self.network, graph.num_crystals, self.rival.precision))
+        gradients = partial(step.gradients, range(graph.num_crystals), graph.to(device="cpu"))
+        return gradients, partial(step.update, 1e-5)
+
     def answers(self, graph: CrystalGraph) -> dict[str, torch.Tensor]:
         """Compute predictions, or the loss and the gradient of all parameters, in float64."""
+        parameters = [p for _, p in sorted(self.network.named_parameters())]
         with self.precision():
+            if self.rival.captured:
+                gradients, _ = self.captured(graph)
+                value = [gradients() for _ in range(3)][-1].loss  # as it stands, captured, and replayed
+                gradient = [p.grad for p in parameters]
+                return joined(value, gradient)
             value = self.computation(graph)()
             if self.work == "prediction":
                 return {"prediction": value.double()}
-            parameters = [p for _, p in sorted(self.network.named_parameters())]
             gradient = torch.autograd.grad(value, parameters)
-        return {
-            "loss": value.detach().double(),
-            "gradient": torch.cat([g.double().flatten() for g in gradient]),
-        }
+        return joined(value, gradient)
+
+
+def joined(loss: torch.Tensor, gradient: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a loss and the gradient of all parameters in float64."""
+    return {
+        "loss": loss.detach().double(),
+        "gradient": torch.cat([g.double().flatten() for g in gradient]),
+    }
+
+
+@dataclass(frozen=True)
+class SmallBatch:
+    """What `CapturedStep` asks of a task: the squared error of predictions, as in `Runner.computation`."""
+
+    model: torch.nn.Module
+    largest_batch: int
+    precision: str
+
+    def batch_targets(self, indices: range) -> torch.Tensor:
+        """Return the targets, (B,)."""
+        return torch.linspace(-1, 1, len(indices))
+
+    def loss_of(self, graph: CrystalGraph, targets: torch.Tensor) -> tuple[torch.Tensor, dict]:
+        """Return the loss, and no figures."""
+        with torch.autocast(device().type, torch.bfloat16, enabled=self.precision == "bf16"):
+            prediction = self.model(graph).prediction.squeeze(1)
+        return mean_over_crystals((prediction.float() - targets).square(), graph), {}
 
 
 @lru_cache(maxsize=1)

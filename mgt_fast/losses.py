@@ -1,4 +1,4 @@
-"""Label-free objectives: contrast between the views, and denoising of each view's geometry."""
+"""Label-free objectives: contrast between the views, and denoising of each view's geometry; crystal means."""
 
 from __future__ import annotations
 
@@ -26,6 +26,14 @@ def draw_noise(graph: CrystalGraph, std: float, generator: torch.Generator | Non
     vec = graph.edge_vec
     cosine, vector = std * torch.randn(2, *vec.shape, generator=generator, dtype=vec.dtype, device=vec.device)
     return EdgeNoise(cosine=cosine, vector=vector)
+
+
+def mean_over_crystals(values: torch.Tensor, graph: CrystalGraph) -> torch.Tensor:
+    """Average one value a crystal, (B,), over those that are no filler of a padded graph."""
+    if graph.num_real is None:
+        return values.mean()
+    count = graph.num_real[0]
+    return values.where(torch.arange(values.shape[0], device=values.device) < count, 0).sum() / count
 
 
 def nt_xent(z_a: torch.Tensor, z_b: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:

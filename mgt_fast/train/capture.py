@@ -25,7 +25,6 @@ import torch
 from ..graph import CrystalGraph
 from ..kernels import resolve_backend
 from ..padding import bucket, pad_graph
-from .config import ConfigError, OptimConfig
 from .step import StepResult, TrainingStep
 
 MAX_BUCKETS = 64
@@ -78,11 +77,11 @@ class PaddedStep(TrainingStep):
 
     Args:
         task: what is trained.
-        optim: optimiser.
+        weight_decay, grad_clip: see `TrainingStep`.
     """
 
-    def __init__(self, task: PaddableTask, optim: OptimConfig):
-        super().__init__(task, optim)
+    def __init__(self, task: PaddableTask, weight_decay: float = 0.01, grad_clip: float | None = None):
+        super().__init__(task, weight_decay, grad_clip)
         self.device = self.parameters[0].device
         self.num_crystals = task.largest_batch + 1  # the last is filler
         self.buckets: OrderedDict[tuple[int, int], _Bucket] = OrderedDict()
@@ -128,30 +127,30 @@ class CapturedStep(PaddedStep):
 
     Args:
         task: what is trained.
-        optim: optimiser.
+        weight_decay, grad_clip: see `TrainingStep`.
 
     Raises:
-        ConfigError: if the network is not on a CUDA device or does not compute with Triton; nothing else can
+        ValueError: if the network is not on a CUDA device or does not compute with Triton; nothing else can
             be captured.
     """
 
-    def __init__(self, task: PaddableTask, optim: OptimConfig):
+    def __init__(self, task: PaddableTask, weight_decay: float = 0.01, grad_clip: float | None = None):
         device = next(task.model.parameters()).device
         backend = resolve_backend(task.model.backend, device)
         if device.type != "cuda" or backend != "triton":
-            raise ConfigError(
-                "capture = true needs a CUDA device and the Triton backend, but the network computes on "
-                f"{device} with backend {backend}; set capture to false"
+            raise ValueError(
+                "capture needs a CUDA device and the Triton backend, but the network computes on "
+                f"{device} with backend {backend}; train without capture"
             )
-        self.lr = torch.tensor(optim.lr, device=device)  # where a captured update reads it
-        super().__init__(task, optim)
+        self.lr = torch.zeros((), device=device)  # where a captured update reads it
+        super().__init__(task, weight_decay, grad_clip)
         self.stream = torch.cuda.Stream(self.device)
         self.pool = torch.cuda.graph_pool_handle()
         self.batch: _Bucket | None = None
 
-    def _adamw(self, optim: OptimConfig) -> torch.optim.AdamW:
+    def _adamw(self, weight_decay: float) -> torch.optim.AdamW:
         return torch.optim.AdamW(
-            self.parameters, lr=self.lr, weight_decay=optim.weight_decay, fused=True, capturable=True
+            self.parameters, lr=self.lr, weight_decay=weight_decay, fused=True, capturable=True
         )
 
     def gradients(self, indices: np.ndarray, graph: CrystalGraph) -> StepResult:
@@ -187,7 +186,6 @@ class CapturedStep(PaddedStep):
         with torch.cuda.graph(update, pool=self.pool, stream=self.stream):
             self.optimizer.step()
         batch.gradients, batch.update = gradients, update
-        self.optimizer.zero_grad()  # the graphs know where their gradients are
 
     @contextmanager
     def _aside(self) -> Iterator[None]:

@@ -23,6 +23,7 @@ from ..checkpoint import (
 from ..data import CrystalDataset
 from ..graph import CrystalGraph
 from ..inference import PredictionTable, predict_graphs, write_table
+from ..losses import mean_over_crystals
 from ..model import MGT
 from .batches import (
     PARTS,
@@ -36,22 +37,13 @@ from .batches import (
     target_values,
 )
 from .capture import CapturedStep
-from .config import FinetuneConfig
+from .config import ConfigError, FinetuneConfig
 from .loop import fit
 from .runlog import PREDICTIONS, RunLog
 from .setup import autocast, check_fits_checkpoint, describe_parts, manifest_digest, start_torch
-from .step import TrainingStep
 from .targets import TargetScaling, errors, trivial_errors
 
 _LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}
-
-
-def _mean(values: torch.Tensor, graph: CrystalGraph) -> torch.Tensor:
-    """Average over the crystals of a graph, filler left out."""
-    if graph.num_real is None:
-        return values.mean()
-    count = graph.num_real[0]
-    return values.where(torch.arange(values.shape[0], device=values.device) < count, 0).sum() / count
 
 
 class FinetuneTask:
@@ -97,9 +89,9 @@ class FinetuneTask:
         with autocast(self.config, self.source.device):
             predicted = self.model(graph).prediction.squeeze(1)
         predicted = predicted.float()
-        mae = _mean((predicted.detach() - scaled).abs(), graph) * self.scaling.std
+        mae = mean_over_crystals((predicted.detach() - scaled).abs(), graph) * self.scaling.std
         loss = _LOSSES[self.config.loss](predicted, scaled, reduction="none")
-        return _mean(loss, graph), {"mae": mae}
+        return mean_over_crystals(loss, graph), {"mae": mae}
 
     def validate(self) -> dict[str, float]:
         """Return the MAE and RMSE of the val part."""
@@ -177,7 +169,7 @@ def finetune(
     )
     model.to(device)
     task = FinetuneTask(model, source, targets, parts, scaling, config)
-    step = (CapturedStep if config.capture else TrainingStep)(task, config.optim)
+    step = _capturing(task, config) if config.capture else None
     with RunLog(folder, config, console, overwrite) as log:
         sizes = {name: len(parts[name]) for name in PARTS if name in parts}
         log.say(f"fine-tuning {config.data.target} on {device}: {describe_parts(sizes)} crystals")
@@ -200,6 +192,13 @@ def finetune(
             f"best epoch {result.best_epoch} of {result.epochs}; checkpoints, predictions in {log.folder}"
         )
     return results
+
+
+def _capturing(task: FinetuneTask, config: FinetuneConfig) -> CapturedStep:
+    try:
+        return CapturedStep(task, config.optim.weight_decay, config.optim.grad_clip)
+    except ValueError as error:
+        raise ConfigError(f"capture = true: {error}") from error
 
 
 def _known(dataset: CrystalDataset, targets: np.ndarray, name: str) -> np.ndarray:

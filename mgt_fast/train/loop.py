@@ -80,7 +80,7 @@ def fit(
         NonFiniteLossError: on a loss, gradient or metric that is not finite, before it reaches the weights.
     """
     model = task.model
-    training_step = training_step or TrainingStep(task, optim)
+    training_step = training_step or TrainingStep(task, optim.weight_decay, optim.grad_clip)
     total_steps = optim.epochs * task.steps_per_epoch
     warmup_steps = round(optim.warmup_epochs * task.steps_per_epoch)
     stopping = early_stopping or EarlyStoppingConfig()

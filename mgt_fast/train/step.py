@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from ..graph import CrystalGraph
-from .config import OptimConfig
 
 
 @dataclass(frozen=True)
@@ -26,14 +25,15 @@ class TrainingStep:
 
     Args:
         task: see `loop.Task`; of it, `model` and `loss` are used.
-        optim: optimiser.
+        weight_decay: AdamW's decoupled weight decay.
+        grad_clip: largest norm of the whole gradient; None does not clip.
     """
 
-    def __init__(self, task, optim: OptimConfig):
+    def __init__(self, task, weight_decay: float = 0.01, grad_clip: float | None = None):
         self.task = task
         self.parameters = list(task.model.parameters())
-        self.max_norm = math.inf if optim.grad_clip is None else optim.grad_clip
-        self.optimizer = self._adamw(optim)
+        self.max_norm = math.inf if grad_clip is None else grad_clip
+        self.optimizer = self._adamw(weight_decay)
 
     def gradients(self, indices: np.ndarray, graph: CrystalGraph) -> StepResult:
         """Compute the clipped gradients of a batch; the weights stay as they are."""
@@ -45,8 +45,8 @@ class TrainingStep:
             group["lr"] = lr
         self.optimizer.step()
 
-    def _adamw(self, optim: OptimConfig) -> torch.optim.AdamW:
-        return torch.optim.AdamW(self.parameters, lr=optim.lr, weight_decay=optim.weight_decay, fused=True)
+    def _adamw(self, weight_decay: float) -> torch.optim.AdamW:
+        return torch.optim.AdamW(self.parameters, weight_decay=weight_decay, fused=True)
 
     def _backward(self, loss: torch.Tensor, figures: dict[str, torch.Tensor]) -> StepResult:
         self.optimizer.zero_grad()
