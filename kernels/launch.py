@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -92,5 +92,8 @@ def launch(kernel, grid: tuple[int, ...], *args, num_warps: int = 4, num_stages:
         described = tuple(arg.dtype if isinstance(arg, torch.Tensor) else arg for arg in args)
         options = {"num_warps": num_warps, "num_stages": num_stages}
         watcher.seen.append(Launch(kernel, described, constants, options))
-    if 0 not in grid and all(watcher.run for watcher in _watchers):
+    if 0 in grid or not all(watcher.run for watcher in _watchers):
+        return
+    device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)

@@ -56,7 +56,8 @@ class GraphIndex:
     @cached_property
     def target(self) -> Segments:
         """Atom each edge points to (row 1)."""
-        return Segments(self.graph.edge_index[1], self.graph.num_atoms)
+        # A copy: kernels are compiled for aligned rows, and this one starts where the first ends.
+        return Segments(self.graph.edge_index[1].clone(), self.graph.num_atoms)
 
     @cached_property
     def crystal(self) -> Segments:

@@ -14,7 +14,8 @@ def failures(tensors, backend="reference"):
 
 @pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
 def test_published_program_is_met(backend, capsys):
-    assert main([str(GOLDEN), "--backend", backend]) == 0
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    assert main([str(GOLDEN), "--backend", backend, "--device", device]) == 0
     shown = [line.split()[:3] for line in capsys.readouterr().out.splitlines() if " ok " in line]
     for task in TASKS:
         for group in ("outputs", "gradients", "buffers"):

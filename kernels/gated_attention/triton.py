@@ -335,10 +335,11 @@ class Tile:
 
 
 # Chosen so that nothing spills and shared memory suffices on compute capability 8.0 and 9.0. The forward
-# kernels keep a tile's hidden layer in registers where that leaves tiles of a useful size.
+# kernels keep a tile's hidden layer in registers where that leaves tiles of a useful size; the others are
+# chosen by the bytes of a number.
 _IN_REGISTERS = {128: Tile(128, 64, 64, 8, 3), 256: Tile(128, 32, 32, 8, 2)}
-_THROUGH_MEMORY = {2: Tile(128, 64, 64, 8, 3), 4: Tile(64, 32, 64, 8, 3)}
-_THROUGH_MEMORY_80 = _THROUGH_MEMORY | {2: Tile(128, 64, 64, 8, 2)}
+_THROUGH_MEMORY = {2: Tile(128, 64, 64, 8, 3), 4: Tile(64, 32, 64, 8, 3), 8: Tile(64, 16, 32, 8, 1)}
+_THROUGH_MEMORY_80 = _THROUGH_MEMORY | {2: Tile(128, 64, 64, 8, 2), 4: Tile(64, 32, 32, 8, 3)}
 
 
 def _tile(channels: int, dtype: torch.dtype, device: torch.device, *, forward: bool) -> tuple[Tile, bool]:

@@ -19,6 +19,12 @@ def gate(query, key, value, norm):
     return value * torch.sigmoid(norm(product).view_as(value))
 
 
+@pytest.fixture(autouse=True)
+def _on_the_device():
+    with torch.device(DEVICE):
+        yield
+
+
 class Problem:
     """Random weights and a random ragged graph; `grads` differentiates by everything."""
 
