@@ -179,27 +179,24 @@ class EdgeWiseAttention(_Attention):
         Returns:
             f, (E, C).
         """
-        edge_w, edge_b, angle_w, frame_terms = [self.lin_query.weight], [self.lin_query.bias], [], []
-        for name, mlp in (("key", self.key_update), ("value", self.lin_msg_update)):
-            of_edge, of_frame, of_angle = mlp[0].weight.chunk(3, dim=1)
-            lin_edge = self.get_submodule(f"lin_{name}")
-            edge_w.append(of_edge @ lin_edge.weight)
-            edge_b.append(of_edge @ lin_edge.bias + mlp[0].bias)
-            angle_w.append(of_angle @ self.lin_edge.weight)
-            lin_frame = [self.get_submodule(f"lin_{name}_e{m}") for m in (1, 2, 3)]
-            frame_terms.append(
-                torch.stack(
-                    [
-                        F.linear(frame[:, m], of_frame @ lin.weight, of_frame @ lin.bias)
-                        for m, lin in enumerate(lin_frame)
-                    ],
-                    dim=1,
-                )
-            )
+        edge_w, edge_b, angle_w = [self.lin_query.weight], [self.lin_query.bias], []
+        frame_w, frame_b = ([], [], []), ([], [], [])
+        with torch.autocast(frame.device.type, enabled=False):  # merged weights are rounded once
+            for name, mlp in (("key", self.key_update), ("value", self.lin_msg_update)):
+                of_edge, of_frame, of_angle = mlp[0].weight.chunk(3, dim=1)
+                lin_edge = self.get_submodule(f"lin_{name}")
+                edge_w.append(of_edge @ lin_edge.weight)
+                edge_b.append(of_edge @ lin_edge.bias + mlp[0].bias)
+                angle_w.append(of_angle @ self.lin_edge.weight)
+                for m in range(3):
+                    lin_frame = self.get_submodule(f"lin_{name}_e{m + 1}")
+                    frame_w[m].append(of_frame @ lin_frame.weight)
+                    frame_b[m].append(of_frame @ lin_frame.bias)
+        frame_terms = [F.linear(frame[:, m], torch.cat(frame_w[m]), torch.cat(frame_b[m])) for m in range(3)]
         gated = edge_attention(
             edge.values,
             angle.values if angle.rows else angle.values.unflatten(0, (-1, 3)),
-            torch.cat(frame_terms, dim=2),
+            torch.stack(frame_terms, dim=1),
             index.crystal_of_edge,
             torch.cat(edge_w),
             torch.cat(edge_b),
@@ -227,12 +224,14 @@ class NodeWiseAttention(_Attention):
         """Update atom features x (N, C) from the features f of E edges."""
         target_w, target_b = [self.lin_query.weight], [self.lin_query.bias]
         source_w, edge_w = [], []
-        for lin, mlp in ((self.lin_key, self.key_update), (self.lin_value, self.lin_msg_update)):
-            of_target, of_source, of_edge = mlp[0].weight.chunk(3, dim=1)
-            target_w.append(of_target @ lin.weight)
-            source_w.append(of_source @ lin.weight)
-            edge_w.append(of_edge @ self.lin_edge.weight)
-            target_b.append((of_target + of_source) @ lin.bias + of_edge @ self.lin_edge.bias + mlp[0].bias)
+        with torch.autocast(node.device.type, enabled=False):  # merged weights are rounded once
+            for lin, mlp in ((self.lin_key, self.key_update), (self.lin_value, self.lin_msg_update)):
+                of_target, of_source, of_edge = mlp[0].weight.chunk(3, dim=1)
+                target_w.append(of_target @ lin.weight)
+                source_w.append(of_source @ lin.weight)
+                edge_w.append(of_edge @ self.lin_edge.weight)
+                bias = (of_target + of_source) @ lin.bias + of_edge @ self.lin_edge.bias
+                target_b.append(bias + mlp[0].bias)
         gated = node_attention(
             node,
             edge.values,
