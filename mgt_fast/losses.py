@@ -54,7 +54,8 @@ def nt_xent(z_a: torch.Tensor, z_b: torch.Tensor, temperature: float = 1.0) -> t
     n = z_a.shape[0]
     z = torch.cat((z_a, z_b))
     z = F.normalize(z.to(accumulator_dtype(z.dtype)), dim=1)
-    similarity = (z @ z.t() / temperature).fill_diagonal_(float("-inf"))
+    with torch.autocast(z.device.type, enabled=False):
+        similarity = (z @ z.t() / temperature).fill_diagonal_(float("-inf"))
     positive = torch.arange(2 * n, device=z.device).roll(n)
     return F.cross_entropy(similarity, positive)
 
