@@ -2,8 +2,9 @@
 //
 // Include this before a .cu file. Every CUDA thread is a fiber that runs until it meets a warp-wide operation
 // or a barrier; it goes on when all lanes of its warp, or all threads of its block, have come to the same
-// one. Every second round runs the threads in reverse, so that a result which depends on their order shows.
-// Warp-wide operations take the full mask alone. Atomic operations are plain ones: blocks follow one another.
+// one, written in the same line. Every second round runs the threads in reverse, so that a result which
+// depends on their order shows. Warp-wide operations take the full mask alone. Atomic operations are plain
+// ones: blocks follow one another.
 #pragma once
 
 #include <setjmp.h>
@@ -29,6 +30,16 @@ struct Dim3 {
 
 enum class State { kReady, kAtWarp, kAtBlock, kDone };
 
+// What a thread waits at: an operation, and the line that calls it.
+struct Site {
+  const char* operation = "";
+  int line = 0;
+
+  bool operator==(const Site& other) const {
+    return line == other.line && !std::strcmp(operation, other.operation);
+  }
+};
+
 // A context starts a thread on a stack of its own; from then on jumps, which cost no system call, change
 // threads.
 struct Thread {
@@ -38,7 +49,7 @@ struct Thread {
   std::vector<char> stack = std::vector<char>(kStackSize);
   Dim3 index{0, 0, 0};
   State state = State::kReady;
-  const char* operation = "";  // the one it waits at
+  Site site;
   std::int64_t warp_operations = 0;
 };
 
@@ -84,9 +95,9 @@ class Block {
   Thread& thread() { return threads_[running_]; }
   Warp& warp() { return warps_[running_ / kWarpSize]; }
 
-  void wait(State state, const char* operation) {
+  void wait(State state, Site site) {
     thread().state = state;
-    thread().operation = operation;
+    thread().site = site;
     if (_setjmp(thread().resume) == 0) _longjmp(scheduler_, 1);
   }
 
@@ -126,24 +137,26 @@ class Block {
       Thread* lane = &threads_[w * kWarpSize];
       bool all = true;
       for (int l = 0; l < kWarpSize; ++l) {
-        all = all && lane[l].state == State::kAtWarp && !std::strcmp(lane[l].operation, lane[0].operation);
+        all = all && lane[l].state == State::kAtWarp && lane[l].site == lane[0].site;
       }
       for (int l = 0; all && l < kWarpSize; ++l) lane[l].state = State::kReady;
       released |= all;
     }
     if (released) return;
-    for (const Thread& thread : threads_) {
-      if (thread.state == State::kAtWarp) fail(thread);
-    }
+    const Thread* first = nullptr;
     for (Thread& thread : threads_) {
-      if (thread.state == State::kAtBlock) thread.state = State::kReady;
+      if (thread.state == State::kAtWarp) fail(thread, "all lanes of its warp");
+      if (thread.state != State::kAtBlock) continue;
+      if (!first) first = &thread;
+      if (!(thread.site == first->site)) fail(thread, "all threads of its block");
+      thread.state = State::kReady;
     }
   }
 
-  [[noreturn]] void fail(const Thread& stuck) const {
+  [[noreturn]] void fail(const Thread& stuck, const std::string& others) const {
     throw std::logic_error("thread " + std::to_string(stuck.index.x) + " of block " +
-                           std::to_string(index.x) + " waits at " + stuck.operation +
-                           ", which not all lanes of its warp have come to");
+                           std::to_string(index.x) + " waits at " + stuck.site.operation + " of line " +
+                           std::to_string(stuck.site.line) + ", which not " + others + " have come to");
   }
 
   std::vector<Thread> threads_;
@@ -154,12 +167,12 @@ class Block {
 };
 
 // The values of all lanes, after all have given theirs.
-inline const Lanes& exchange(const char* operation, std::uint64_t value) {
+inline const Lanes& exchange(Site site, std::uint64_t value) {
   Block& block = *Block::current();
   Thread& thread = block.thread();
   Lanes& values = block.warp().values[thread.warp_operations++ % 2];
   values[thread.index.x % kWarpSize] = value;
-  block.wait(State::kAtWarp, operation);
+  block.wait(State::kAtWarp, site);
   return values;
 }
 
@@ -201,41 +214,46 @@ void launch(unsigned blocks, unsigned threads, const Kernel& kernel) {
 #define blockDim (::mgt::emulation::Block::current()->size)
 #define gridDim (::mgt::emulation::Block::current()->grid_size)
 
-inline void __syncthreads() {
-  ::mgt::emulation::Block::current()->wait(::mgt::emulation::State::kAtBlock, "__syncthreads");
+// The last parameter of each is the caller's line.
+inline void __syncthreads(int line = __builtin_LINE()) {
+  ::mgt::emulation::Block::current()->wait(::mgt::emulation::State::kAtBlock, {"__syncthreads", line});
 }
-inline void __syncwarp(unsigned mask = 0xffffffffu) {
+inline void __syncwarp(unsigned mask = 0xffffffffu, int line = __builtin_LINE()) {
   ::mgt::emulation::check_mask(mask);
-  ::mgt::emulation::exchange("__syncwarp", 0);
+  ::mgt::emulation::exchange({"__syncwarp", line}, 0);
 }
-inline unsigned __ballot_sync(unsigned mask, int predicate) {
+inline unsigned __ballot_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
   ::mgt::emulation::check_mask(mask);
-  const auto& votes = ::mgt::emulation::exchange("__ballot_sync", predicate != 0);
+  const auto& votes = ::mgt::emulation::exchange({"__ballot_sync", line}, predicate != 0);
   unsigned result = 0;
   for (int l = 0; l < ::mgt::emulation::kWarpSize; ++l) result |= static_cast<unsigned>(votes[l]) << l;
   return result;
 }
-inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
-inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == 0xffffffffu; }
+inline int __any_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
+  return __ballot_sync(mask, predicate, line) != 0;
+}
+inline int __all_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
+  return __ballot_sync(mask, predicate, line) == 0xffffffffu;
+}
 template <class T>
-T __shfl_sync(unsigned mask, T value, int source) {
+T __shfl_sync(unsigned mask, T value, int source, int line = __builtin_LINE()) {
   ::mgt::emulation::check_mask(mask);
-  const auto& values = ::mgt::emulation::exchange("__shfl_sync", ::mgt::emulation::to_bits(value));
+  const auto& values = ::mgt::emulation::exchange({"__shfl_sync", line}, ::mgt::emulation::to_bits(value));
   return ::mgt::emulation::from_bits<T>(values[source % ::mgt::emulation::kWarpSize]);
 }
 template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int lanes) {
-  return __shfl_sync(mask, value, ::mgt::emulation::lane() ^ lanes);
+T __shfl_xor_sync(unsigned mask, T value, int lanes, int line = __builtin_LINE()) {
+  return __shfl_sync(mask, value, ::mgt::emulation::lane() ^ lanes, line);
 }
 template <class T>
-T __shfl_up_sync(unsigned mask, T value, int lanes) {
+T __shfl_up_sync(unsigned mask, T value, int lanes, int line = __builtin_LINE()) {
   const int lane = ::mgt::emulation::lane();
-  return __shfl_sync(mask, value, lane < lanes ? lane : lane - lanes);
+  return __shfl_sync(mask, value, lane < lanes ? lane : lane - lanes, line);
 }
 template <class T>
-T __shfl_down_sync(unsigned mask, T value, int lanes) {
+T __shfl_down_sync(unsigned mask, T value, int lanes, int line = __builtin_LINE()) {
   const int lane = ::mgt::emulation::lane();
-  return __shfl_sync(mask, value, lane + lanes >= ::mgt::emulation::kWarpSize ? lane : lane + lanes);
+  return __shfl_sync(mask, value, lane + lanes >= ::mgt::emulation::kWarpSize ? lane : lane + lanes, line);
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }

@@ -15,15 +15,38 @@
 
 namespace py = pybind11;
 
-// What the emulation must refuse.
+// For the tests of the emulation itself; all but the last must be refused.
 extern "C" __global__ void odd_lanes_alone() {
   if (threadIdx.x % 2) __syncwarp();
 }
+extern "C" __global__ void lanes_at_two_sites() {
+  if (threadIdx.x % 2) {
+    __syncwarp();
+  } else {
+    __syncwarp();
+  }
+}
+extern "C" __global__ void warps_at_two_barriers() {
+  if (threadIdx.x < 32) {
+    __syncthreads();
+  } else {
+    __syncthreads();
+  }
+}
+extern "C" __global__ void square_root(double square, double* root) { *root = std::sqrt(square); }
 
 namespace {
 
+// A launch on a GPU does not know what the kernel declares: it hands over an int as int64 and a float as
+// double. Anything else must not pass here.
 template <class T>
 T from_python(const py::handle& value) {
+  constexpr bool is_real = std::is_same_v<T, double>;
+  static_assert(is_real || std::is_same_v<T, std::int64_t> || std::is_pointer_v<T>);
+  if (!(is_real ? PyFloat_CheckExact(value.ptr()) : PyLong_CheckExact(value.ptr()))) {
+    throw py::type_error("a kernel's parameter is " + std::string(is_real ? "a float" : "an int") + ", not " +
+                         py::repr(value).cast<std::string>());
+  }
   if constexpr (std::is_pointer_v<T>) {
     return reinterpret_cast<T>(value.cast<std::uintptr_t>());
   } else {
@@ -50,9 +73,10 @@ Launch launcher(void (*kernel)(Parameters...)) {
 }
 
 #define KERNEL(name) {#name, launcher(&name)}
-const std::map<std::string, Launch> kKernels = {KERNEL(prepare_crystals), KERNEL(find_shells),
-                                                KERNEL(count_edges),      KERNEL(fill_edges),
-                                                KERNEL(choose_frames),    KERNEL(odd_lanes_alone)};
+const std::map<std::string, Launch> kKernels = {
+    KERNEL(prepare_crystals),   KERNEL(find_shells),           KERNEL(count_edges),
+    KERNEL(fill_edges),         KERNEL(choose_frames),         KERNEL(odd_lanes_alone),
+    KERNEL(lanes_at_two_sites), KERNEL(warps_at_two_barriers), KERNEL(square_root)};
 #undef KERNEL
 
 }  // namespace

@@ -108,7 +108,7 @@ class ListStatus:
 
     Attributes:
         device_values: number of edges there are, and index of the first crystal that is refused (B if all is
-            well), (2,) int64 on the device.
+            well), (2,) int64 on the device. After a fault the number is that of the edges counted until then.
         max_edges: the capacity.
         crystals: the batch.
         options: how `neighbor_list` was called.
@@ -124,7 +124,8 @@ class ListStatus:
 
         Raises:
             ValueError: for a crystal at fault, as `neighbor_list` does; if `max_edges` is too small: the
-                list is then empty, and the message names the capacity needed.
+                list is then empty, and the message names the capacity needed. It is device_values[0]; to try
+                again with it, as nothing here does by itself, build the list anew with that `max_edges`.
         """
         n_edges, fault = self.device_values.tolist()
         if fault < len(self.crystals):
@@ -171,7 +172,8 @@ def neighbor_list(
             not depend on it.
         max_edges: on a CUDA device: return arrays of this many edges, zero after the last one, and report in
             `NeighborList.status`. The edges there are end at row_ptr[-1]; if they do not fit, or a crystal is
-            at fault, the list is empty and `status.check()` raises.
+            at fault, the list is empty and `status.check()` raises. The caller then tries again with room for
+            status.device_values[0] edges, or without a limit.
 
     Raises:
         TypeError: for a batch whose tensors have other types than `CrystalBatch` says.
@@ -185,19 +187,20 @@ def neighbor_list(
     if cutoff is not None and not (math.isfinite(cutoff) and cutoff > 0):
         raise ValueError(f"cutoff = {cutoff} Å; it must be positive and finite")
     if max_neighbors is not None:
-        _check_count("max_neighbors", max_neighbors)
+        max_neighbors = _count("max_neighbors", max_neighbors)
     if not 0 <= shell_tolerance < 1:
         raise ValueError(f"shell_tolerance = {shell_tolerance}; it must lie in [0, 1)")
     if shell_margin and max_neighbors is None:
         raise ValueError("shell_margin needs max_neighbors: with a cutoff there are no shells")
     if max_edges is not None:
-        _check_count("max_edges", max_edges)
+        max_edges = _count("max_edges", max_edges)
+    # Of exactly these types: a kernel's parameter is as wide as the Python type it is handed.
     options = {
-        "cutoff": cutoff or 0.0,
-        "max_neighbors": max_neighbors or 0,
-        "half": half,
-        "shell_tolerance": shell_tolerance,
-        "shell_margin": shell_margin,
+        "cutoff": 0.0 if cutoff is None else float(cutoff),
+        "max_neighbors": 0 if max_neighbors is None else max_neighbors,
+        "half": bool(half),
+        "shell_tolerance": float(shell_tolerance),
+        "shell_margin": bool(shell_margin),
         "threads": _threads(threads),
     }
     if crystals.numbers.is_cuda:
@@ -247,7 +250,7 @@ def build_graph(
             not depend on it.
         max_edges: on a CUDA device: room for so many edges, so that the host need not wait for their number;
             see `neighbor_list`. If they do not fit, or a crystal is at fault, `CrystalGraph.status.check()`
-            raises.
+            raises, and the caller tries again as there.
 
     Raises:
         TypeError: as `neighbor_list`.
@@ -266,7 +269,7 @@ def build_graph(
     else:
         if max_edges is not None:
             raise ValueError("max_edges is for graphs built on a CUDA device, and not for 'comformer'")
-        _check_count("max_neighbors", max_neighbors)
+        max_neighbors = _count("max_neighbors", max_neighbors)
         arrays, options = _arrays(crystals), {"max_neighbors": max_neighbors, "threads": _threads(threads)}
         if compat == "comformer":
             built = _C.comformer_graph(arrays, **options)
@@ -288,15 +291,14 @@ def build_graph(
     )
 
 
-def _check_count(name: str, value: int) -> None:
+def _count(name: str, value: int) -> int:
     if not (isinstance(value, Integral) and 1 <= value <= 10**9):
         raise ValueError(f"{name} = {value!r}; it must be a whole number from 1 to 10^9")
+    return int(value)
 
 
 def _threads(threads: int | None) -> int:
-    threads = torch.get_num_threads() if threads is None else threads
-    _check_count("threads", threads)
-    return threads
+    return _count("threads", torch.get_num_threads() if threads is None else threads)
 
 
 def _check_tensors(crystals: CrystalBatch) -> None:

@@ -41,7 +41,7 @@ class Search:
 
     @property
     def status(self) -> torch.Tensor:
-        """Number of edges and the first crystal that must be refused (B if there is none), (2,) int64."""
+        """Number of edges counted and first crystal that must be refused (B if there is none), (2,) int64."""
         return self.rows[-2:]
 
 
@@ -67,7 +67,7 @@ def count_edges(
 
     rows = torch.zeros(n_atoms + 2, dtype=torch.int64, device=crystals.numbers.device)
     first_fault = rows[-1:].fill_(n_crystals)
-    row_length = empty(n_atoms, dtype=torch.int64)
+    row_length = empty(n_atoms, dtype=torch.int64).zero_()  # after a fault not every atom is counted
     cells = empty(n_crystals, _CRYSTAL_BYTES, dtype=torch.uint8)
     bin_start = empty(n_atoms + n_crystals, dtype=torch.int32)
     slot_atom, slot_crystal = empty(2, n_atoms, dtype=torch.int32)

@@ -61,6 +61,29 @@ def test_the_kernels_run(kernels):
     assert kernels.launched == ["prepare_crystals", "find_shells", "count_edges", "fill_edges"]
 
 
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {"cutoff": 5},
+        {"cutoff": np.float32(5), "half": np.bool_(True)},
+        {"cutoff": torch.tensor(5.0)},
+        {"max_neighbors": np.int32(12), "shell_tolerance": 0, "shell_margin": 1},
+        {"max_neighbors": 12, "shell_tolerance": np.float32(1e-4), "max_edges": np.int16(500)},
+    ],
+    ids=str,
+)
+def test_numbers_of_any_type(mode, monkeypatch):
+    """Kernels are handed what the caller writes, and CuPy does not know which types they take."""
+    batch = batch_of(CUBIC, CUBIC)
+    expected = neighbor_list(batch, **{name: mode[name] for name in mode if name != "max_edges"})
+    n_edges = expected.edge_vec.shape[0]
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    found = neighbor_list(batch, **mode)
+    assert n_edges > 0
+    assert torch.equal(found.edge_vec[:n_edges], expected.edge_vec)
+    assert torch.equal(found.row_ptr, expected.row_ptr)
+
+
 @pytest.mark.parametrize("k", [1, 12, 25])
 def test_equals_the_host_on_prototypes(k):
     crystals = [c for _, c in prototypes(16)][:: 3 if k == 12 else 9]
@@ -119,7 +142,7 @@ def test_more_equal_distances_than_the_pool_holds():
     points = np.stack(np.meshgrid(*[np.arange(-9, 10)] * 3), -1).reshape(-1, 3)
     lengths = (points**2).sum(1)
     assert np.count_nonzero(lengths == 89) == 144
-    k = np.count_nonzero(lengths < 89) - 1 + 70
+    k = int(np.count_nonzero(lengths < 89)) - 1 + 70
     assert_same_lists(batch_of(CUBIC), max_neighbors=k)
 
 
@@ -149,6 +172,23 @@ def test_crystals_at_fault_are_named_as_by_the_host(crystal, message, mode):
     assert not fixed.row_ptr.any()
     with pytest.raises(ValueError, match=f"structure 'third': .*{message}"):
         fixed.status.check()
+
+
+def test_after_a_fault_only_edges_that_were_counted_count():
+    """Whatever the memory held before, and although a fault that shows late leaves atoms uncounted."""
+    rng = np.random.default_rng(0)
+    large = supercell(CUBIC, (4, 4, 4))
+    frac = large.frac[::-1] + 0.01 * rng.normal(size=large.frac.shape)
+    frac[30] = frac[31]
+    torch.use_deterministic_algorithms(True)  # new arrays are filled with the largest integer
+    try:
+        found = on_device(batch_of(CUBIC, large._replace(frac=frac), CUBIC), max_edges=10, cutoff=4.0)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    n_edges, fault = found.status.device_values.tolist()
+    assert fault == 1
+    assert 0 < n_edges < 66 * 12
+    assert not found.row_ptr.any()
 
 
 def test_searches_too_large_are_refused():
@@ -192,7 +232,7 @@ def test_fixed_capacity():
         assert torch.equal(found.row_ptr, expected.row_ptr)
 
 
-def test_overflow_leaves_an_empty_list_and_names_the_capacity_needed():
+def test_overflow_leaves_an_empty_list_and_names_the_capacity_to_try_again_with():
     batch = batch_of(CUBIC, CUBIC)
     found = on_device(batch, 11, cutoff=3.0)
     assert not found.row_ptr.any()
@@ -200,6 +240,9 @@ def test_overflow_leaves_an_empty_list_and_names_the_capacity_needed():
     assert found.status.device_values.tolist() == [12, 2]
     with pytest.raises(ValueError, match="max_edges = 11, but there are 12 edges"):
         found.status.check()
+    again = on_device(batch, int(found.status.device_values[0]), cutoff=3.0)
+    assert again.status.check() == 12
+    assert torch.equal(again.edge_vec, neighbor_list(batch, cutoff=3.0).edge_vec)
 
 
 def test_no_crystals_have_no_neighbours():
@@ -225,10 +268,26 @@ def test_tensors_that_disagree_are_refused():
         on_device(replace(batch, pbc=batch.pbc.to("meta")), cutoff=3.0)
 
 
-def test_the_emulation_tells_lanes_that_went_apart():
-    with pytest.raises(RuntimeError, match="thread 1 of block 0 waits at __syncwarp, which not all lanes"):
+def test_the_emulation_tells_threads_that_went_apart():
+    with pytest.raises(RuntimeError, match=r"thread 1 of block 0 waits at __syncwarp .*not all lanes"):
         _emulated.launch("odd_lanes_alone", 1, 32)
+    with pytest.raises(RuntimeError, match=r"thread 0 of block 0 waits at __syncwarp .*not all lanes"):
+        _emulated.launch("lanes_at_two_sites", 1, 32)
+    with pytest.raises(RuntimeError, match=r"thread 32 of block 0 waits at __syncthreads .*not all threads"):
+        _emulated.launch("warps_at_two_barriers", 1, 64)
     with pytest.raises(RuntimeError, match="whole warps"):
         _emulated.launch("odd_lanes_alone", 1, 16)
-    with pytest.raises(TypeError, match="takes 0 arguments, not 1"):
-        _emulated.launch("odd_lanes_alone", 1, 32, 7)
+
+
+def test_the_emulation_takes_what_a_gpu_understands():
+    root = torch.zeros(1, dtype=torch.float64)
+    _emulated.launch("square_root", 1, 32, 9.0, root.data_ptr())
+    assert root.item() == 3
+    for square in (9, np.float64(9), True):
+        with pytest.raises(TypeError, match="a kernel's parameter is a float, not"):
+            _emulated.launch("square_root", 1, 32, square, root.data_ptr())
+    for address in (0.0, np.int64(0), False):
+        with pytest.raises(TypeError, match="a kernel's parameter is an int, not"):
+            _emulated.launch("square_root", 1, 32, 9.0, address)
+    with pytest.raises(TypeError, match="takes 2 arguments, not 1"):
+        _emulated.launch("square_root", 1, 32, 9.0)
