@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -28,6 +28,7 @@ from triton.compiler import ASTSource
 from mgt_fast import MGT, CrystalBatch, MGTConfig, build_graph
 from mgt_fast.kernels.launch import Launch, watch_launches
 from mgt_fast.losses import draw_noise, pretraining_loss
+from mgt_fast.padding import bucket, pad_graph
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
@@ -114,10 +115,11 @@ def compile_launch(launch: Launch, arch: int) -> Compiled:
 
 
 def model_launches(channels: int, precision: str, arch: int) -> list[Launch]:
-    """List the distinct kernels of a training step and a prediction; none of them runs."""
+    """List the distinct kernels of training steps, padded or not, and predictions; none of them runs."""
     positions, cell = [[0, 0, 0], [0.5, 0.5, 0.5]], [[[0, 2.8, 2.8], [2.8, 0, 2.8], [2.8, 2.8, 0]]]
     rock_salt = CrystalBatch.from_arrays([11, 17], positions, cell, [2])
     graph = build_graph(rock_salt, max_neighbors=6)
+    padded = pad_graph(graph, *bucket(graph), num_crystals=2)
     config = MGTConfig(task="pretrain", channels=channels, num_blocks=1)
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     found: dict[tuple, Launch] = {}
@@ -130,6 +132,9 @@ def model_launches(channels: int, precision: str, arch: int) -> list[Launch]:
             torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
         ):
             pretraining_loss(model(graph, noise), graph, noise).total.backward()
+            if training and not moving:
+                finetuned = MGT(replace(config, task="predict"), backend="triton")
+                finetuned(padded).prediction.sum().backward()
         found |= {key(launch): launch for launch in seen}
     return list(found.values())
 
