@@ -69,7 +69,8 @@ fi
 
 if stage tests; then
     parity=(--backend triton --device cuda)
-    tests=(tests/kernels tests/cuda tests/test_parity.py tests/test_model.py tests/test_losses.py)
+    tests=(tests/kernels tests/cuda tests/test_parity.py tests/test_model.py tests/test_losses.py tests/test_padding.py
+        tests/train/test_precision.py tests/train/test_capture.py)
     options=()
     compilations=()
     if ((${#smoke[@]})); then
