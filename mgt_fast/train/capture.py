@@ -139,7 +139,7 @@ class CapturedStep(PaddedStep):
         backend = resolve_backend(task.model.backend, device)
         if device.type != "cuda" or backend != "triton":
             raise ValueError(
-                "capture needs a CUDA device and the Triton backend, but the network computes on "
+                "CUDA graphs need a CUDA device and the Triton backend, but the network computes on "
                 f"{device} with backend {backend}; train without capture"
             )
         self.lr = torch.zeros((), device=device)  # where a captured update reads it

@@ -125,8 +125,21 @@ def test_crystals_without_statistics_are_named(graphs):
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_nothing_is_captured_on_a_cpu(backend):
-    with pytest.raises(ValueError, match=r"needs a CUDA device and the Triton .* cpu with .*torch"):
+    with pytest.raises(ValueError, match=r"need a CUDA device and the Triton .* cpu with .*torch"):
         CapturedStep(make_task(backend=backend))
+
+
+def test_asking_for_capture_on_a_cpu_is_an_error_of_the_run(tmp_path):
+    pytest.importorskip("pydantic")
+    from rich.console import Console
+
+    from mgt_fast.train.config import ConfigError, FinetuneConfig
+    from mgt_fast.train.finetune import finetune
+
+    config = FinetuneConfig(capture=True, device="cpu", model=SMALL, data={"limit": 4})
+    with pytest.raises(ConfigError, match="capture = true: CUDA graphs need a CUDA device"):
+        finetune(config, tmp_path / "run", Console(quiet=True))
+    assert not (tmp_path / "run").exists()
 
 
 @needs_cuda
