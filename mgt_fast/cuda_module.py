@@ -12,17 +12,19 @@ from . import _C
 _BUILT = Path(_C.__file__).parent
 """Where the build put the kernels: NAME.fatbin if there was nvcc, and the sources in csrc."""
 
+_OLDEST_BUILT = (8, 0)
+"""Lowest compute capability that CMakeLists.txt builds for."""
+
 
 class CudaModule:
     """The kernels of one source file, csrc/NAME.cu, loaded when first launched.
 
-    The fatbin that nvcc built beside the package is loaded; where there is none, NVRTC compiles the source,
-    once a machine.
+    The fatbin that nvcc built beside the package is loaded; where there is none, or none for a device that
+    old, NVRTC compiles the source, once a machine.
     """
 
     def __init__(self, name: str):
         self.name = name
-        self._modules = {}  # by device
         self._kernels = {}  # by device and name
 
     def launch(self, kernel: str, blocks: int, threads: int, *args: torch.Tensor | int | float) -> None:
@@ -43,21 +45,18 @@ class CudaModule:
         cupy = _import_cupy()
         device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
         values = tuple(arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args)
-        stream = cupy.cuda.Stream.from_external(_TorchStream(torch.cuda.current_stream(device)))
-        with torch.cuda.device(device), stream:
-            self._kernel(device.index, kernel)((blocks,), (threads,), values)
+        with (
+            torch.cuda.device(device),
+            cupy.cuda.Stream.from_external(_TorchStream(torch.cuda.current_stream(device))),
+        ):
+            if (device, kernel) not in self._kernels:
+                self._kernels[device, kernel] = self._module(cupy, device).get_function(kernel)
+            self._kernels[device, kernel]((blocks,), (threads,), values)
 
-    def _kernel(self, device: int, name: str):
-        if device not in self._modules:
-            self._modules[device] = self._load()
-        if (device, name) not in self._kernels:
-            self._kernels[device, name] = self._modules[device].get_function(name)
-        return self._kernels[device, name]
-
-    def _load(self):
-        cupy = _import_cupy()
+    def _module(self, cupy, device: torch.device):
+        """Return the module for a device; CuPy loads those of the same origin once."""
         fatbin = _BUILT / f"{self.name}.fatbin"
-        if fatbin.exists():
+        if fatbin.exists() and torch.cuda.get_device_capability(device) >= _OLDEST_BUILT:
             return cupy.RawModule(path=str(fatbin))
         return cupy.RawModule(code=self.source, options=self.nvrtc_options)
 
@@ -90,7 +89,7 @@ def _import_cupy():
         import cupy
     except ImportError as error:
         raise RuntimeError(
-            "crystals on a CUDA device need CuPy: pip install 'mgt-fast[cuda]', or bring the crystals "
-            "to the CPU with crystals.to('cpu')"
+            "graphs on a CUDA device need CuPy: pip install 'mgt-fast[cuda]' for CUDA 13, pip install "
+            "cupy-cuda12x for CUDA 12; or bring the crystals to the CPU with crystals.to('cpu')"
         ) from error
     return cupy
