@@ -9,6 +9,7 @@ from numbers import Integral
 import torch
 
 from . import _C, frames_cuda, neighbors_cuda
+from .elements import has_features
 from .structures import CrystalBatch
 
 SHELL_TOLERANCE = 1e-4
@@ -289,6 +290,48 @@ def build_graph(
         ids=crystals.ids,
         status=neighbors.status,
     )
+
+
+def network_input(
+    crystals: CrystalBatch,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    *,
+    max_neighbors: int,
+    compat: str | None,
+) -> CrystalGraph:
+    """Build the graphs that a network takes: on its device, with lengths in its floating-point type.
+
+    A CUDA device builds them itself, from the crystals, which are smaller than their graphs; those of
+    `compat` come from the CPU.
+
+    Args:
+        crystals: B crystals, best on the CPU.
+        device: where the network is.
+        dtype: the network's floating-point type.
+        max_neighbors, compat: see `build_graph`.
+
+    Raises:
+        TypeError, ValueError: as `build_graph`; for an element without features, naming structure, atom and
+            atomic number (a network on a device could only fail an assertion there).
+        RuntimeError: on a CUDA device without CuPy.
+    """
+    _check_elements(crystals)
+    if compat is None and device.type == "cuda":
+        crystals = crystals.to(device)
+    return build_graph(crystals, max_neighbors=max_neighbors, compat=compat).to(device=device, dtype=dtype)
+
+
+def _check_elements(crystals: CrystalBatch) -> None:
+    numbers, batch_ptr = crystals.numbers.cpu(), crystals.batch_ptr.cpu()
+    unknown = torch.nonzero(~torch.from_numpy(has_features())[numbers]).flatten()
+    if unknown.numel():
+        atom = int(unknown[0])
+        b = int(torch.searchsorted(batch_ptr, atom, right=True)) - 1
+        raise ValueError(
+            f"structure {crystals.ids[b]!r}, atom {atom - int(batch_ptr[b])}: there are no CGCNN features "
+            f"for atomic number {int(numbers[atom])}; leave the structure out"
+        )
 
 
 def _count(name: str, value: int) -> int:

@@ -23,7 +23,7 @@ from .data.ingest import CHUNK_SIZE, LONGEST_VALUE
 from .data.parse import ParseOptions, parse_all
 from .data.readers.inputs import Inputs
 from .data.store import MANIFEST
-from .graph import CrystalGraph, build_graph
+from .graph import CrystalGraph, network_input
 from .model import MGT
 from .structures import CrystalBatch
 
@@ -203,13 +203,9 @@ def predict_crystals(model: MGT, batches: Iterable[CrystalBatch]) -> PredictionT
     """Build the graphs the checkpoint prescribes and predict; see `predict_graphs`."""
     meta = prediction_meta(model)
     parameter = next(model.parameters())
-
-    def graphs() -> Iterator[CrystalGraph]:
-        for crystals in batches:
-            graph = build_graph(crystals, max_neighbors=meta.max_neighbors, compat=meta.compat)
-            yield graph.to(device=parameter.device, dtype=parameter.dtype)
-
-    return predict_graphs(model, graphs())
+    kind = {"max_neighbors": meta.max_neighbors, "compat": meta.compat}
+    graphs = (network_input(crystals, parameter.device, parameter.dtype, **kind) for crystals in batches)
+    return predict_graphs(model, graphs)
 
 
 def predict_structures(

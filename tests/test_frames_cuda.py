@@ -14,7 +14,7 @@ from test_neighbor_list import CUBIC, all_pairs
 from test_neighbor_list import crystals as crystals_of_any_shape
 from test_neighbors_cuda import PBC, EmulatedModule
 
-from mgt_fast import build_graph, frames_cuda
+from mgt_fast import build_graph, frames_cuda, neighbors_cuda
 from mgt_fast.data import CrystalDataset
 
 
@@ -107,6 +107,22 @@ def test_a_batch_with_a_crystal_at_fault_is_left_alone():
     sound = on_device(batch, graph, first_fault=torch.tensor([2]))
     assert torch.equal(sound, graph.frame)
     assert not on_device(batch, graph, first_fault=torch.tensor([1])).any()
+
+
+@pytest.mark.parametrize("room", [None, 40])
+def test_the_whole_graph(room, monkeypatch):
+    dataset = CrystalDataset.open(None)
+    batch = dataset.gather(np.arange(0, len(dataset), 250))
+    expected = build_graph(batch, max_neighbors=12)
+    monkeypatch.setattr(neighbors_cuda, "KERNELS", EmulatedModule())
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    n_edges = expected.num_edges
+    found = build_graph(batch, max_neighbors=12, max_edges=room and n_edges + room)
+    assert found.num_edges == n_edges + (room or 0)
+    assert torch.equal(found.edge_index[:, :n_edges], expected.edge_index)
+    assert torch.equal(found.edge_vec[:n_edges], expected.edge_vec)
+    assert torch.equal(found.frame, expected.frame)
+    assert torch.equal(found.row_ptr, expected.row_ptr)
 
 
 @pytest.mark.parametrize("compat", [None, "comformer"])

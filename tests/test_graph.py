@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from mgt_fast import CrystalBatch, build_graph, neighbor_list
+from mgt_fast import graph as graph_module
 
 GOLDEN = Path(__file__).with_name("golden") / "comformer_graphs.safetensors"
 with safe_open(GOLDEN, "np") as file:
@@ -143,3 +144,42 @@ def test_what_comformer_cannot_build_is_refused():
     ):
         build_graph(batch_of(needle), compat="comformer")
     assert build_graph(batch_of(needle)).num_edges > 0
+
+
+@pytest.mark.parametrize(
+    ("device", "compat", "built_on"),
+    [("cuda:1", None, "cuda:1"), ("cuda:1", "comformer", "cpu"), ("cpu", None, "cpu")],
+)
+def test_graphs_for_a_network_are_built_where_it_is(monkeypatch, device, compat, built_on):
+    """A stand-in for the device: "moved" crystals and graphs stay and are written down."""
+    batch, device = batch_of(CUBIC, CUBIC), torch.device(device)
+    places, build = [torch.device("cpu")], graph_module.build_graph
+
+    def move_crystals(crystals, where):
+        places.append(where)
+        return crystals
+
+    def build_here(crystals, **how):
+        assert (places[-1], how) == (torch.device(built_on), {"max_neighbors": 6, "compat": compat})
+        return build(crystals, **how)
+
+    def move_graph(built, *, device, dtype):
+        places.append(device)
+        return type(built)(**{**vars(built), "edge_vec": built.edge_vec.to(dtype)})
+
+    monkeypatch.setattr(CrystalBatch, "to", move_crystals)
+    monkeypatch.setattr(graph_module.CrystalGraph, "to", move_graph)
+    monkeypatch.setattr(graph_module, "build_graph", build_here)
+    found = graph_module.network_input(batch, device, max_neighbors=6, compat=compat)
+    assert places[-1] == device
+    assert found.edge_vec.dtype == torch.float32
+    assert torch.equal(found.edge_index, build(batch, max_neighbors=6, compat=compat).edge_index)
+
+
+def test_elements_that_networks_do_not_know_are_told_before_the_device_sees_them(monkeypatch):
+    batch = batch_of(
+        CUBIC, Crystal(np.array([6, 101]), np.array([[0, 0, 0], [0.5, 0.5, 0.5]]), 4.0 * np.eye(3))
+    )
+    monkeypatch.setattr(graph_module, "build_graph", None)
+    with pytest.raises(ValueError, match=r"structure '1', atom 1: .* number 101; leave the structure out"):
+        graph_module.network_input(batch, torch.device("cuda"), max_neighbors=6, compat=None)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..graph import CrystalGraph, build_graph
+from ..graph import CrystalGraph, network_input
 
 if TYPE_CHECKING:
     from ..data import CrystalDataset
@@ -111,7 +111,7 @@ def split_evenly(n: int, batch_size: int, smallest: int = 1) -> list[int]:
 
 @dataclass(frozen=True)
 class GraphSource:
-    """Builds the graphs of chosen crystals of a dataset, on `device`, in float32."""
+    """Builds the graphs of chosen crystals of a dataset for a network on `device`, in float32."""
 
     dataset: CrystalDataset
     max_neighbors: int
@@ -119,10 +119,9 @@ class GraphSource:
     device: torch.device
 
     def graph(self, indices: Sequence[int] | np.ndarray) -> CrystalGraph:
-        """Return the graphs of the crystals `indices` as one batch."""
+        """Return the graphs of the crystals `indices` as one batch; see `graph.network_input`."""
         crystals = self.dataset.gather(indices)
-        graph = build_graph(crystals, max_neighbors=self.max_neighbors, compat=self.compat)
-        return graph.to(device=self.device, dtype=torch.float32)
+        return network_input(crystals, self.device, max_neighbors=self.max_neighbors, compat=self.compat)
 
     def in_order(self, indices: np.ndarray, batch_size: int) -> Iterator[CrystalGraph]:
         """Yield the graphs of all crystals `indices`, in their order."""
