@@ -10,6 +10,7 @@ from test_neighbors_gpu import assert_equal, odd_crystals
 from mgt_fast import CrystalBatch, build_graph, cuda_module, frames_cuda
 from mgt_fast.cuda_module import CudaModule
 from mgt_fast.data import CrystalDataset
+from mgt_fast.graph import network_input
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -47,6 +48,11 @@ def assert_same_graph(batch, max_neighbors):
 @pytest.mark.parametrize("max_neighbors", [12, 25])
 def test_real_crystals(real, max_neighbors):
     assert_same_graph(real, max_neighbors)
+
+
+def test_a_network_gets_graphs_that_its_device_built(real):
+    found = network_input(real, torch.device("cuda"), max_neighbors=12, compat=None)
+    assert_equal(found, network_input(real, torch.device("cpu"), max_neighbors=12, compat=None))
 
 
 def test_real_crystals_described_anew(real):

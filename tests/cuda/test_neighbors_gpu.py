@@ -17,10 +17,11 @@ from mgt_fast.data import CrystalDataset
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
+# Numbers of several types: CuPy hands each over as wide as it is.
 MODES = [
-    {"cutoff": 5.0},
-    {"cutoff": 5.0, "half": True},
-    {"max_neighbors": 12},
+    {"cutoff": 5},
+    {"cutoff": np.float32(5), "half": True},
+    {"max_neighbors": np.int32(12)},
     {"max_neighbors": 25, "shell_margin": True},
     {"max_neighbors": 300},
 ]
