@@ -346,7 +346,7 @@ def _tile(channels: int, dtype: torch.dtype, device: torch.device, *, forward: b
     """Choose a tile, and whether hidden layers stay in registers."""
     if INTERPRETED:  # few programs, and each way is tried
         step = min(channels, 32)
-        return Tile(128, step, step, 4, 1), forward and channels < 32
+        return Tile(64, step, step, 4, 1), forward and channels < 32
     if forward and dtype == torch.bfloat16 and channels in _IN_REGISTERS:
         return _IN_REGISTERS[channels], True
     tile = (_THROUGH_MEMORY if target_arch(device) >= 90 else _THROUGH_MEMORY_80)[dtype.itemsize]
