@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
+import torch
 
 from mgt_fast.data import CrystalDataset, DatasetWriter, Target
 from mgt_fast.data.store import record_batch
+from mgt_fast.train import batches
 from mgt_fast.train.batches import (
     DataError,
     GraphSource,
@@ -113,11 +115,19 @@ def test_every_sample_is_in_one_batch_of_every_epoch():
 
 
 def test_graphs_come_in_order_with_the_last_partial_batch(dataset):
-    import torch
-
     source = GraphSource(dataset, max_neighbors=6, compat=None, device=torch.device("cpu"))
     graphs = list(source.in_order(np.array([4, 3, 19, 0, 7]), batch_size=2))
     assert [graph.num_crystals for graph in graphs] == [2, 2, 1]
     assert [name for graph in graphs for name in graph.ids] == [f"salt-{i}" for i in (4, 3, 19, 0, 7)]
     assert graphs[0].edge_vec.dtype == torch.float32
     assert list(source.in_order(np.array([], dtype=int), batch_size=2)) == []
+
+
+def test_graphs_are_asked_for_for_the_device_of_the_network(dataset, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        batches, "network_input", lambda crystals, *where, **how: asked.append((crystals.ids, where, how))
+    )
+    device = torch.device("cuda", 1)
+    GraphSource(dataset, max_neighbors=6, compat="comformer", device=device).graph([3])
+    assert asked == [(("salt-3",), (device,), {"max_neighbors": 6, "compat": "comformer"})]
