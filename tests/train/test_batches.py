@@ -4,7 +4,6 @@ import torch
 
 from mgt_fast.data import CrystalDataset, DatasetWriter, Target
 from mgt_fast.data.store import record_batch
-from mgt_fast.train import batches
 from mgt_fast.train.batches import (
     DataError,
     GraphSource,
@@ -126,7 +125,8 @@ def test_graphs_come_in_order_with_the_last_partial_batch(dataset):
 def test_graphs_are_asked_for_for_the_device_of_the_network(dataset, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        batches, "network_input", lambda crystals, *where, **how: asked.append((crystals.ids, where, how))
+        "mgt_fast.train.batches.network_input",
+        lambda crystals, *where, **how: asked.append((crystals.ids, where, how)),
     )
     device = torch.device("cuda", 1)
     GraphSource(dataset, max_neighbors=6, compat="comformer", device=device).graph([3])
