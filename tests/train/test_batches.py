@@ -122,7 +122,7 @@ def test_graphs_come_in_order_with_the_last_partial_batch(dataset):
     assert list(source.in_order(np.array([], dtype=int), batch_size=2)) == []
 
 
-def test_graphs_are_asked_for_for_the_device_of_the_network(dataset, monkeypatch):
+def test_graphs_are_made_for_the_device_of_the_network(dataset, monkeypatch):
     asked = []
     monkeypatch.setattr(
         "mgt_fast.train.batches.network_input",
