@@ -13,7 +13,7 @@ namespace {
 
 constexpr std::size_t kAlign = 64;
 constexpr std::size_t kHugePage = std::size_t{1} << 21;
-constexpr std::size_t kMaxKept = std::size_t{1} << 30;  // bytes that wait for use
+constexpr std::size_t kMaxKept = std::size_t{1} << 28;  // bytes that wait for use: 256 MiB
 
 std::size_t round_up(std::size_t bytes, std::size_t unit) { return (bytes + unit - 1) / unit * unit; }
 

@@ -1,6 +1,7 @@
 #include "cell_reduction.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <sstream>
 
 #include "parallel.hpp"
@@ -20,22 +21,24 @@ void check_numbers(const Crystals& crystals, std::int64_t b) {
   static const char* const kAxis = "abc";
   for (int k = 0; k < 9; ++k) {
     const double value = crystals.cell[9 * b + k];
-    if (!is_finite(value)) {
+    if (!usable(value)) {
       fail(b, "component ", k % 3, " of lattice vector ", kAxis[k / 3], " is ", value,
-           "; give finite lengths in Å");
+           "; give lengths in Å, at most ", kMaxLength);
     }
   }
+  const Mat3 given = crystals.lattice(b);
+  const bool* pbc = crystals.pbc + 3 * b;
   for (std::int64_t i = 0; i < crystals.num_atoms(b); ++i) {
-    for (int k = 0; k < 3; ++k) {
-      const double value = crystals.frac_coords[3 * (crystals.first_atom(b) + i) + k];
-      if (!is_finite(value)) {
-        fail(b, "atom ", i, ": fractional coordinate ", kAxis[k], " is ", value, "; give a finite number");
-      }
-      if (std::fabs(value) > kMaxFractional) {
-        fail(b, "atom ", i, ": fractional coordinate ", kAxis[k], " is ", value,
-             "; wrap the atom into the cell (are these Cartesian coordinates?)");
-      }
-    }
+    const std::int64_t atom = crystals.first_atom(b) + i;
+    if (usable(crystals.frac(atom), given, pbc)) continue;
+    int a = 0;
+    while (usable(crystals.frac_coords[3 * atom + a], given.row[a], pbc[a])) ++a;
+    const double value = crystals.frac_coords[3 * atom + a];
+    const char* const remedy =
+        !std::isfinite(value) ? "give a finite number"
+        : pbc[a] ? "wrap the atom into the cell (are these Cartesian coordinates?)"
+                 : "move it nearer to the origin: along this axis, which is not periodic, it is too far away";
+    fail(b, "atom ", i, ": fractional coordinate ", kAxis[a], " is ", value, "; ", remedy);
   }
 }
 
@@ -51,8 +54,6 @@ ReducedCell reduce_cell(const Crystals& crystals, std::int64_t b) {
     case CellFault::kFlat:
       fail(b, "the cell has a volume of ", check.value,
            " Å^3, (nearly) zero; give three independent lattice vectors in Å");
-    case CellFault::kOverflow:
-      fail(b, "the volume of the cell overflows; give lattice vectors in Å");
     case CellFault::kSkewed:
       fail(b, "the longest lattice vector, ", check.value,
            " Å, is over four million times the spacing of lattice planes, ", check.other,

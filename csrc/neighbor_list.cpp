@@ -5,6 +5,8 @@
 #include <cstring>
 #include <exception>
 #include <limits>
+#include <new>
+#include <numeric>
 #include <sstream>
 #include <string>
 #include <utility>
@@ -18,25 +20,64 @@
 namespace mgt {
 namespace {
 
-constexpr std::int64_t kRanked = 192;        // so many numbers are ranked by counting the lesser ones
 constexpr std::int64_t kCrystalsABlock = 4;  // handed to a thread at once
 constexpr std::int64_t kRowsABlock = 128;    // the same within a large crystal
 constexpr std::int64_t kSharedAtoms = 2048;  // crystals with more atoms are worked on by all threads
 
+struct Candidates {
+  std::uint32_t* codes;
+  const float* squared;  // Å^2
+  std::int64_t count;
+  std::size_t round;  // in which they were found
+};
+
+// One search within a radius. Those for the nearest neighbours grow round by round, for the atoms that have
+// not found theirs.
+struct Round {
+  double reach;  // squared radius, Å^2
+  float error;   // see NeighborSearch
+  bool in_order;
+  EdgeTables tables;
+};
+
+// What the search for the nearest neighbours knows of each atom.
+struct Nearest {
+  std::vector<Round> rounds;
+  std::vector<Candidates> candidates;
+  std::vector<double> limits;            // squared radius of its whole shells, Å^2
+  std::vector<double> needed;            // squared radius that must be searched for that to be right, Å^2
+  std::vector<std::uint32_t> searching;  // the atoms whose search has not reached so far
+};
+
 // What a thread works with.
 struct Worker {
   NeighborSearch search;
+  double radius = 0;      // of the search, Å
+  SearchSize size{0, 0};  // of the search
+  Nearest nearest;
   Arena kept;     // for the whole call: tables and codes of edges
   Arena scratch;  // for one crystal
 };
 
-struct Candidates {
-  const std::uint32_t* codes;
-  const float* squared;  // Å^2
-  std::int64_t count;
+// An edge that its end j does not find, being farther away than j searched.
+struct FarEdge {
+  std::uint32_t j, code;
+};
+bool operator<(const FarEdge& p, const FarEdge& q) { return p.j != q.j ? p.j < q.j : p.code < q.code; }
+
+// There is no memory for the list, after all crystals have been searched.
+class ListTooLarge : public std::bad_alloc {
+ public:
+  explicit ListTooLarge(std::int64_t n_edges)
+      : message_("no memory for the list of " + std::to_string(n_edges) +
+                 " edges; build it for fewer crystals at a time") {}
+  const char* what() const noexcept override { return message_.c_str(); }
+
+ private:
+  std::string message_;
 };
 
-// The k-th of `count` positive numbers; `space` has room for kVector more.
+// The k-th of `count` positive numbers; `space` has room for twice as many and two vectors.
 float kth_least(const float* numbers, std::int64_t count, std::int32_t k, std::uint32_t* space) {
   if (count > kRanked) {
     auto* copy = reinterpret_cast<float*>(space);
@@ -45,11 +86,12 @@ float kth_least(const float* numbers, std::int64_t count, std::int32_t k, std::u
     return copy[k - 1];
   }
   // Positive numbers are ordered as their bits are.
-  const auto* bits = reinterpret_cast<const std::uint32_t*>(numbers);
-  vector_kernels().rank(bits, count, space);
+  std::uint32_t *bits = space, *rank = space + count + kVector;
+  std::memcpy(bits, numbers, count * sizeof(float));
+  vector_kernels().rank(bits, count, rank);
   std::int32_t kth = 0;
   for (std::int64_t c = 0; c < count; ++c) {
-    kth = std::max(kth, static_cast<std::int32_t>(space[c]) < k ? static_cast<std::int32_t>(bits[c]) : 0);
+    kth = std::max(kth, static_cast<std::int32_t>(rank[c]) < k ? static_cast<std::int32_t>(bits[c]) : 0);
   }
   float result;
   std::memcpy(&result, &kth, sizeof(result));
@@ -102,106 +144,196 @@ class Finder {
 
   // Find the edges of crystal b with so many threads; one works with `worker`, several with all workers.
   void find(std::int64_t b, Worker& worker, int threads) {
+    worker.radius = 0;
+    worker.size = {0, 0};
+    try {
+      search(b, worker, threads);
+    } catch (const std::bad_alloc&) {
+      std::ostringstream message;
+      message.precision(3);
+      message << "not enough memory for " << crystals_.num_atoms(b) << " atoms with about "
+              << worker.size.neighbors << " neighbours each within " << worker.radius << " Å, in "
+              << worker.size.images << " images of the cell; lower " << remedy();
+      throw CrystalError(b, message.str());
+    }
+  }
+
+  const char* remedy() const { return options_.cutoff > 0 ? "the cutoff" : "max_neighbors"; }
+
+  void search(std::int64_t b, Worker& worker, int threads) {
     const ReducedCell cell = reduce_cell(crystals_, b);
-    const std::int64_t others = crystals_.num_atoms(b) - 1;
+    const std::int64_t n_atoms = crystals_.num_atoms(b), others = n_atoms - 1;
     if (options_.cutoff == 0 && cell.periodic == 0 && others < options_.max_neighbors) {
       throw CrystalError(b, "without periodicity an atom has only " + std::to_string(others) +
                                 " neighbours, fewer than max_neighbors = " +
                                 std::to_string(options_.max_neighbors) + "; lower max_neighbors or set pbc");
     }
     const WrappedAtoms atoms = wrap_atoms(crystals_, b, cell, threads);
-    // Calls row(worker, i) for every atom.
-    const auto for_rows = [&](const auto& row) {
-      for_each_block(crystals_.num_atoms(b), threads == 1 ? crystals_.num_atoms(b) : kRowsABlock, threads,
+    worker.search.enter(cell, atoms, worker.kept);
+    // Prepare to search for so many atoms, unless the search is too large to be meant.
+    const auto prepare = [&](double radius, std::int64_t searching) {
+      worker.radius = radius;
+      worker.size = search_size(cell, n_atoms, atoms.volume_per_atom, radius);
+      check_size(b, worker, searching);
+      if (worker.search.prepare(radius, worker.kept)) return;
+      throw CrystalError(b, "too many images: all those of " + std::to_string(n_atoms) +
+                                " atoms together cannot be numbered in 32 bits; lower " + remedy());
+    };
+    // Call body(worker, item) for every item in [0, count).
+    const auto for_each = [&](std::int64_t count, const auto& body) {
+      for_each_block(count, threads == 1 ? count : kRowsABlock, threads,
                      [&](int number, std::int64_t begin, std::int64_t end) {
                        Worker& own = threads == 1 ? worker : workers_[number];
-                       for (std::int64_t i = begin; i < end; ++i) row(own, static_cast<std::uint32_t>(i));
+                       for (std::int64_t k = begin; k < end; ++k) body(own, static_cast<std::uint32_t>(k));
                      });
     };
     if (options_.cutoff > 0) {
-      find_within(b, cell, atoms, worker, for_rows);
+      prepare(options_.cutoff, n_atoms);
+      find_within(b, worker.search, for_each);
     } else {
-      find_nearest(b, cell, atoms, worker, for_rows);
+      if (threads == 1) {  // other workers are busy with other crystals
+        worker.scratch.clear();
+      } else {
+        for (Worker& any : workers_) any.scratch.clear();
+      }
+      find_nearest(b, worker, starting_radius(options_.max_neighbors, atoms.volume_per_atom), prepare,
+                   for_each);
     }
     tables_[b] = worker.search.tables();
   }
 
-  // Prepare the worker's search, unless it is too large to be meant.
-  void prepare(std::int64_t b, const ReducedCell& cell, const WrappedAtoms& atoms, double radius,
-               Worker& worker) const {
-    const SearchSize size =
-        search_size(cell, static_cast<std::int64_t>(atoms.position.size()), atoms.volume_per_atom, radius);
-    if (size.allowed() && worker.search.prepare(cell, atoms, radius, worker.kept)) return;
+  void check_size(std::int64_t b, const Worker& worker, std::int64_t searching) const {
+    const SearchSize& size = worker.size;
+    if (size.allowed(searching)) return;
     std::ostringstream message;
     message.precision(3);
-    message << "too many images: within " << radius << " Å an atom has about " << size.neighbors
-            << " neighbours (allowed " << kMaxNeighbors << "; " << kMaxEdges << " a crystal) in "
-            << size.images << " images of the cell (allowed " << kMaxImages << "); lower "
-            << (options_.cutoff > 0 ? "the cutoff" : "max_neighbors") << ", or check that the cell is in Å";
+    message << "too many images: within " << worker.radius << " Å ";
+    if (size.images > kMaxImages) {
+      message << "there are about " << size.images << " images of the cell (allowed " << kMaxImages << ")";
+    } else if (size.neighbors > kMaxNeighbors) {
+      message << "an atom has about " << size.neighbors << " neighbours (allowed " << kMaxNeighbors << ")";
+    } else {
+      message << "the crystal has about " << size.neighbors * static_cast<double>(searching)
+              << " edges (allowed " << kMaxEdges << ")";
+    }
+    message << "; lower " << remedy() << ", or check that the cell is in Å";
     throw CrystalError(b, message.str());
   }
 
-  template <class ForRows>
-  void find_within(std::int64_t b, const ReducedCell& cell, const WrappedAtoms& atoms, Worker& worker,
-                   const ForRows& for_rows) {
-    prepare(b, cell, atoms, options_.cutoff, worker);
-    const NeighborSearch& search = worker.search;
+  template <class ForEach>
+  void find_within(std::int64_t b, const NeighborSearch& search, const ForEach& for_each) {
     const double limit = options_.cutoff * options_.cutoff;
     const Bounds bounds = bounds_of(search, limit);
-    for_rows([&](Worker& own, std::uint32_t i) {
+    for_each(crystals_.num_atoms(b), [&](Worker& own, std::uint32_t i) {
       auto* codes = own.kept.template room<std::uint32_t>(search.capacity() + kVector);
       std::int64_t unsure = 0, count = search.select(i, bounds, codes, nullptr, unsure);
-      if (unsure == 1) {  // the atom itself
-        search.sort(codes, count);
-      } else {
-        count = search.select(i, {-1, -1, bounds.far}, codes, nullptr, unsure);
-        search.sort(codes, count);
-        count = decide(search, b, i, limit, codes, count);
-      }
+      const bool sure = unsure == 1;  // the atom itself
+      if (!sure) count = search.select(i, {-1, -1, bounds.far}, codes, nullptr, unsure);
+      if (!search.in_order()) sort_codes(codes, count);
+      if (!sure) count = decide(search, b, i, limit, codes, count);
       keep_row(search, b, i, codes, count, own);
     });
   }
 
-  template <class ForRows>
-  void find_nearest(std::int64_t b, const ReducedCell& cell, const WrappedAtoms& atoms, Worker& worker,
-                    const ForRows& for_rows) {
-    const std::size_t n_atoms = atoms.position.size();
-    double radius = starting_radius(options_.max_neighbors, atoms.volume_per_atom);
+  template <class Prepare, class ForEach>
+  void find_nearest(std::int64_t b, Worker& worker, double radius, const Prepare& prepare,
+                    const ForEach& for_each) {
+    const std::int64_t n_atoms = crystals_.num_atoms(b);
     const NeighborSearch& search = worker.search;
-    std::vector<Candidates> candidates(n_atoms);
-    std::vector<double> limits(n_atoms), needed(n_atoms);
-    for (;;) {
-      prepare(b, cell, atoms, radius, worker);
-      for (Worker& any : workers_) {  // of a crystal not shared, other workers are busy with others
-        if (&any == &worker || shared(b)) any.scratch.clear();
-      }
-      for_rows([&](Worker& own, std::uint32_t i) {
+    std::vector<Round>& rounds = worker.nearest.rounds;
+    std::vector<Candidates>& candidates = worker.nearest.candidates;
+    std::vector<double>&limits = worker.nearest.limits, &needed = worker.nearest.needed;
+    std::vector<std::uint32_t>& searching = worker.nearest.searching;
+    rounds.clear();
+    candidates.resize(n_atoms);
+    limits.resize(n_atoms);
+    needed.resize(n_atoms);
+    searching.resize(n_atoms);
+    std::iota(searching.begin(), searching.end(), 0u);
+    for (std::int64_t searchers = n_atoms;; searchers = 1) {  // of those that search on there are few
+      prepare(radius, searchers);
+      rounds.push_back({radius * radius, search.error(), search.in_order(), search.tables()});
+      for_each(static_cast<std::int64_t>(searching.size()), [&](Worker& own, std::uint32_t k) {
+        const std::uint32_t i = searching[k];
         candidates[i] = find_candidates(search, b, i, radius, own.scratch);
+        candidates[i].round = rounds.size() - 1;
         needed[i] = find_limit(search, b, i, candidates[i], limits[i], own.scratch);
       });
-      const double most = *std::max_element(needed.begin(), needed.end());
-      if (most <= radius * radius) break;
+      const auto done = [&](std::uint32_t i) { return needed[i] <= rounds.back().reach; };
+      searching.erase(std::remove_if(searching.begin(), searching.end(), done), searching.end());
+      if (searching.empty()) break;
+      double most = 0;
+      for (const std::uint32_t i : searching) most = std::max(most, needed[i]);
       // Not all have found k yet; or they have, and a last shell may go on beyond the radius.
       radius = std::isfinite(most) ? 1.000001 * std::sqrt(most) : kRadiusGrowth * radius;
     }
-    const double error = search.error();
-    for_rows([&](Worker& own, std::uint32_t i) {
+    const std::vector<FarEdge> far = join_rounds(search, rounds, limits, candidates);
+    for_each(n_atoms, [&](Worker& own, std::uint32_t i) {
       const Candidates& found = candidates[i];
-      auto* codes = own.kept.template room<std::uint32_t>(found.count + kVector);
+      const Round& round = rounds[found.round];
+      const auto [more, end] = std::equal_range(far.begin(), far.end(), FarEdge{i, 0},
+                                                [](const FarEdge& p, const FarEdge& q) { return p.j < q.j; });
+      auto* codes = own.kept.template room<std::uint32_t>(found.count + (end - more) + kVector);
       std::int64_t count = 0;
       for (std::int64_t c = 0; c < found.count; ++c) {
         const std::uint32_t code = found.codes[c];
-        const double limit = std::max(limits[i], limits[search.tables().atom(code)]), d2 = found.squared[c];
+        // What is beyond the reach of this atom's search comes with the far edges.
+        const double limit = std::max(limits[i], std::min(limits[search.tables().atom(code)], round.reach));
+        const double d2 = found.squared[c];
         codes[count] = code;
-        if (std::fabs(d2 - limit) > error) {
+        if (std::fabs(d2 - limit) > round.error) {
           count += d2 <= limit;
         } else {
           count += search.squared_distance(i, code) <= limit;
         }
       }
-      search.sort(codes, count);
+      for (auto edge = more; edge != end; ++edge) codes[count++] = edge->code;
+      if (!round.in_order || more != end) sort_codes(codes, count);
       keep_row(search, b, i, codes, count, own);
     });
+  }
+
+  // Number the images that earlier rounds found as the last one does, and return, sorted, the edges that only
+  // the search of the other end has found.
+  static std::vector<FarEdge> join_rounds(const NeighborSearch& search, const std::vector<Round>& rounds,
+                                          const std::vector<double>& limits,
+                                          std::vector<Candidates>& candidates) {
+    std::vector<FarEdge> far;
+    if (rounds.size() == 1) return far;
+    const EdgeTables& last = search.tables();
+    std::vector<std::vector<std::uint32_t>> numbers(rounds.size());
+    for (Candidates& found : candidates) {
+      const EdgeTables& tables = rounds[found.round].tables;
+      if (found.round + 1 == rounds.size()) continue;
+      std::vector<std::uint32_t>& number = numbers[found.round];
+      if (number.empty()) number = renumbering(tables, last);
+      for (std::int64_t c = 0; c < found.count; ++c) {
+        found.codes[c] = last.code(tables.atom(found.codes[c]), number[tables.image(found.codes[c])]);
+      }
+    }
+    for (std::uint32_t i = 0; i < candidates.size(); ++i) {
+      const Candidates& found = candidates[i];
+      const double error = rounds[found.round].error;
+      for (std::int64_t c = 0; found.round > 0 && c < found.count; ++c) {
+        const std::uint32_t code = found.codes[c], j = last.atom(code);
+        const double reach = rounds[candidates[j].round].reach;
+        if (found.squared[c] + error <= reach || found.squared[c] - error > limits[i]) continue;
+        const double d2 = search.squared_distance(i, code);
+        if (d2 > reach && d2 <= limits[i]) far.push_back({j, last.reverse(i, code)});
+      }
+    }
+    std::sort(far.begin(), far.end());
+    return far;
+  }
+
+  // What the images of one round are numbered in a later one, which has all of them.
+  static std::vector<std::uint32_t> renumbering(const EdgeTables& from, const EdgeTables& to) {
+    std::vector<std::uint32_t> number;
+    for (std::uint32_t m = 0; number.size() < from.images() && m < to.images(); ++m) {
+      const Int4 &old = from.shift[number.size()], &shift = to.shift[m];
+      if (old.x == shift.x && old.y == shift.y && old.z == shift.z) number.push_back(m);
+    }
+    return number;
   }
 
   Bounds bounds_of(const NeighborSearch& search, double limit) const {
@@ -230,7 +362,7 @@ class Finder {
     auto* moved = reinterpret_cast<float*>(codes + count);
     std::memmove(moved, squared, count * sizeof(float));
     scratch.keep<std::uint32_t>(2 * count);
-    return {codes, moved, count};
+    return {codes, moved, count, 0};
   }
 
   // Set the squared radius of the atom's whole shells; return the squared radius that must have been searched
@@ -314,9 +446,13 @@ class Finder {
     const auto n_atoms = static_cast<std::int64_t>(rows_.size());
     for (std::int64_t i = 0; i < n_atoms; ++i) list_.row_ptr[i + 1] += list_.row_ptr[i];
     const std::int64_t n_edges = list_.row_ptr[n_atoms];
-    list_.edge_index.resize(2 * n_edges);
-    list_.edge_vec.resize(n_edges);
-    list_.cell_shift.resize(n_edges);
+    try {
+      list_.edge_index.resize(2 * n_edges);
+      list_.edge_vec.resize(n_edges);
+      list_.cell_shift.resize(n_edges);
+    } catch (const std::bad_alloc&) {
+      throw ListTooLarge(n_edges);
+    }
     const EdgeArrays edges = {list_.edge_index.data(), list_.edge_index.data() + n_edges,
                               list_.edge_vec.data(), list_.cell_shift.data()};
     const WriteKernel write = vector_kernels().write;

@@ -38,10 +38,6 @@ __device__ inline Vec3 load_vector(const double* values, std::int64_t index) {
   return {values[3 * index], values[3 * index + 1], values[3 * index + 2]};
 }
 
-__device__ inline bool usable(double fraction) {
-  return is_finite(fraction) && std::fabs(fraction) <= kMaxFractional;
-}
-
 // Whether a crystal has been refused, one answer for the whole warp: others may be writing it.
 __device__ inline bool any_fault(const long long* first_fault, std::int64_t n_crystals) {
   return __any_sync(kAllLanes, *first_fault < n_crystals);
@@ -79,9 +75,9 @@ __device__ inline void sum_up(int count, int* values) {
   __syncthreads();
 }
 
-// Whether the search reaches for more than can be meant.
-__device__ inline bool too_large(const SearchCell& crystal, double radius) {
-  return !search_size(crystal.cell, crystal.n_atoms, crystal.volume_per_atom, radius).allowed();
+// Whether a search by so many atoms reaches for more than can be meant.
+__device__ inline bool too_large(const SearchCell& crystal, double radius, std::int64_t searching) {
+  return !search_size(crystal.cell, crystal.n_atoms, crystal.volume_per_atom, radius).allowed(searching);
 }
 
 // The k-th smallest of the pool, by one warp; k counts from 1.
@@ -153,9 +149,9 @@ extern "C" __global__ void __launch_bounds__(mgt::kMostThreads)
     return wrap_atom(load_vector(frac_coords, atom), given, pbc, crystal.cell);
   };
   if (threadIdx.x == 0) {
-    bool finite = true;
-    for (int k = 0; k < 9; ++k) finite = finite && is_finite(cells[9 * b + k]);
-    refused = !(in_order && finite && reduce_cell(given, pbc, crystal.cell).fault == CellFault::kNone);
+    bool sound = in_order;
+    for (int k = 0; k < 9; ++k) sound = sound && usable(cells[9 * b + k]);
+    refused = !(sound && reduce_cell(given, pbc, crystal.cell).fault == CellFault::kNone);
     bad_atom = 0;
     crystal.first_atom = first;
     crystal.n_atoms = last - first;
@@ -168,8 +164,7 @@ extern "C" __global__ void __launch_bounds__(mgt::kMostThreads)
   __syncthreads();
   if (!refused) {
     for (std::int64_t i = first + threadIdx.x; i < last; i += blockDim.x) {
-      const Vec3 frac = load_vector(frac_coords, i);
-      if (!(usable(frac.x) && usable(frac.y) && usable(frac.z))) {
+      if (!usable(load_vector(frac_coords, i), given, pbc)) {
         atomicMax(&bad_atom, 1);
         break;
       }
@@ -194,7 +189,7 @@ extern "C" __global__ void __launch_bounds__(mgt::kMostThreads)
     crystal.radius = cutoff > 0 ? cutoff : starting_radius(max_neighbors, crystal.volume_per_atom);
     crystal.limit_bits = static_cast<Bits>(__double_as_longlong(cutoff * cutoff));
     crystal.grid = choose_grid(crystal.cell, crystal.n_atoms, from, to, crystal.radius);
-    refused = too_large(crystal, crystal.radius) ||
+    refused = too_large(crystal, crystal.radius, crystal.n_atoms) ||
               (cutoff == 0 && open == 0 && crystal.n_atoms - 1 < max_neighbors);
   }
   __syncthreads();
@@ -266,7 +261,7 @@ extern "C" __global__ void __launch_bounds__(mgt::kThreads)
       floor = reach;
       if (ceiling == 0) {
         radius *= kRadiusGrowth;
-        if (too_large(crystal, radius)) {
+        if (too_large(crystal, radius, 1)) {  // few search on
           if (lane_index() == 0) atomicMin(first_fault, static_cast<long long>(b));
           return;
         }

@@ -14,7 +14,6 @@ constexpr double kSlack = 1.0 + 4e-6;
 constexpr double kUnit = 1.0 / (1 << 24);  // half a unit in the last place of single precision, relative
 // Points are sorted into bins if there are more than these, and more than so many for each neighbour.
 constexpr double kBinnedPoints = 512, kBinnedRatio = 40;
-constexpr std::int64_t kRanked = 192;  // up to so many keys are sorted by counting the lesser ones
 
 // Memory of a thread for sorting.
 struct SortSpace {
@@ -98,13 +97,14 @@ void NeighborSearch::PointBuffer::resize(std::size_t count) {
   code.resize(count);
 }
 
-bool NeighborSearch::prepare(const ReducedCell& cell, const WrappedAtoms& atoms, double radius,
-                             Arena& arena) {
-  const std::size_t n_atoms = atoms.position.size();
-  Vec4* position = arena.take<Vec4>(n_atoms);
-  Int4* wrap = arena.take<Int4>(n_atoms);
+void NeighborSearch::enter(const ReducedCell& cell, const WrappedAtoms& atoms, Arena& arena) {
+  cell_ = cell;
+  n_atoms_ = atoms.position.size();
+  volume_per_atom_ = atoms.volume_per_atom;
+  Vec4* position = arena.take<Vec4>(n_atoms_);
+  Int4* wrap = arena.take<Int4>(n_atoms_);
   Vec3 low = atoms.position[0], high = low, first = combine(low, cell.inverse), last = first;
-  for (std::size_t i = 0; i < n_atoms; ++i) {
+  for (std::size_t i = 0; i < n_atoms_; ++i) {
     const Vec3 x = atoms.position[i], u = combine(x, cell.inverse);
     const Int3 s = atoms.wrap[i];
     position[i] = {x.x, x.y, x.z, 0};
@@ -119,26 +119,30 @@ bool NeighborSearch::prepare(const ReducedCell& cell, const WrappedAtoms& atoms,
   }
   tables_.position = position;
   tables_.wrap = wrap;
-  const Vec3 width = high - low, middle = 0.5 * (low + high), extent = last - first;
-  middle_ = middle;
-  width_ = width;
-  const double widest = std::max({width.x, width.y, width.z});
+  middle_ = 0.5 * (low + high);
+  width_ = high - low;
+  extent_ = last - first;
+}
+
+bool NeighborSearch::prepare(double radius, Arena& arena) {
+  const double widest = std::max({width_.x, width_.y, width_.z});
   radius_ = kSlack * radius + 32 * kUnit * widest;
   // Coordinates of points are at most widest + radius, each of a few operations on them errs by kUnit of
   // that.
   error_ = static_cast<float>(32 * kUnit * radius_ * (widest + radius_));
-  find_images(cell, extent, arena);
-  if ((n_atoms - 1) >> (32 - tables_.image_bits) != 0) return false;
-  list_points(n_atoms);
-  const double neighbors = sphere_volume(radius) / atoms.volume_per_atom;
+  find_images(arena);
+  if ((n_atoms_ - 1) >> (32 - tables_.image_bits) != 0) return false;
+  list_points();
+  const double neighbors = sphere_volume(radius) / volume_per_atom_;
   binned_ = static_cast<double>(count_) > kBinnedPoints + kBinnedRatio * neighbors;
   capacity_ = count_;
   if (binned_) sort_into_bins();
   return true;
 }
 
-void NeighborSearch::find_images(const ReducedCell& cell, Vec3 extent, Arena& arena) {
-  const double extents[3] = {extent.x, extent.y, extent.z};
+void NeighborSearch::find_images(Arena& arena) {
+  const ReducedCell& cell = cell_;
+  const double extents[3] = {extent_.x, extent_.y, extent_.z};
   std::int32_t most[3];
   for (int a = 0; a < 3; ++a) {
     most[a] = a < cell.periodic
@@ -207,14 +211,14 @@ void NeighborSearch::find_images(const ReducedCell& cell, Vec3 extent, Arena& ar
   while (std::int64_t{1} << tables_.image_bits < count) ++tables_.image_bits;
 }
 
-void NeighborSearch::list_points(std::size_t n_atoms) {
+void NeighborSearch::list_points() {
   const auto images = static_cast<std::int64_t>(image_x_.size());
   const float half[3] = {float(0.5 * width_.x), float(0.5 * width_.y), float(0.5 * width_.z)};
   const Points translations{image_x_.data(), image_y_.data(), image_z_.data(), nullptr};
   const float reach = static_cast<float>(radius_ * radius_) * 1.0001f + error_;
   const ListKernel list = vector_kernels().list;
   count_ = 0;
-  for (std::size_t j = 0; j < n_atoms; ++j) {
+  for (std::size_t j = 0; j < n_atoms_; ++j) {
     if (static_cast<std::int64_t>(points_.x.size()) < count_ + images + kVector)
       points_.resize(2 * (count_ + images + kVector));
     const Vec4& x = tables_.position[j];
@@ -303,8 +307,7 @@ std::int64_t NeighborSearch::select(std::uint32_t i, const Bounds& bounds, std::
   return count;
 }
 
-void NeighborSearch::sort(std::uint32_t* codes, std::int64_t count) const {
-  if (!binned_) return;
+void sort_codes(std::uint32_t* codes, std::int64_t count) {
   const std::uint32_t* order = ascending(codes, count);
   Buffer<std::uint32_t>& sorted = sort_space().keys;
   sorted.resize(count);

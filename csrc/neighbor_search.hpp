@@ -19,9 +19,12 @@ namespace mgt {
 
 class NeighborSearch {
  public:
-  // Prepare for one crystal; memory is used again from crystal to crystal. The tables are put into `arena`.
-  // Images of an atom up to `radius`, Å, are found. False if there are too many of them to number.
-  bool prepare(const ReducedCell& cell, const WrappedAtoms& atoms, double radius, Arena& arena);
+  // Turn to a crystal; memory is used again from crystal to crystal. Tables are put into `arena`.
+  void enter(const ReducedCell& cell, const WrappedAtoms& atoms, Arena& arena);
+
+  // Prepare to find images of atoms up to `radius`, Å, from an atom. False if there are too many of them to
+  // number.
+  bool prepare(double radius, Arena& arena);
 
   const EdgeTables& tables() const { return tables_; }
 
@@ -35,8 +38,8 @@ class NeighborSearch {
   std::int64_t select(std::uint32_t i, const Bounds& bounds, std::uint32_t* codes, float* squared,
                       std::int64_t& unsure) const;
 
-  // Bring the codes that `select` found into ascending order.
-  void sort(std::uint32_t* codes, std::int64_t count) const;
+  // Whether `select` finds codes in ascending order.
+  bool in_order() const { return !binned_; }
 
   double squared_distance(std::uint32_t i, std::uint32_t code) const {
     const auto vec3 = [](const Vec4& v) { return Vec3{v.x, v.y, v.z}; };
@@ -54,13 +57,16 @@ class NeighborSearch {
     NewPoints at(std::int64_t k) { return {x.data() + k, y.data() + k, z.data() + k, code.data() + k}; }
   };
 
-  // `extent`: differences between fractional coordinates in the reduced cell are at most so large.
-  void find_images(const ReducedCell& cell, Vec3 extent, Arena& arena);
-  void list_points(std::size_t n_atoms);
+  void find_images(Arena& arena);
+  void list_points();
   void sort_into_bins();
   std::int32_t bin_of(int axis, float coordinate) const;
 
   EdgeTables tables_;
+  std::size_t n_atoms_;
+  double volume_per_atom_;  // Å^3
+  ReducedCell cell_;
+  Vec3 extent_;          // differences between coordinates along the basis are at most so large
   Vec3 middle_, width_;  // of the box round the atoms, Å
   double radius_;        // with room for rounding, Å
   float error_;
@@ -75,5 +81,8 @@ class NeighborSearch {
   Buffer<std::int64_t> start_;                   // first point of each bin, and their number at the end
   Buffer<std::uint32_t> bin_;
 };
+
+// Bring codes into ascending order.
+void sort_codes(std::uint32_t* codes, std::int64_t count);
 
 }  // namespace mgt

@@ -10,9 +10,22 @@ constexpr double kMinDistance = 0.01;       // least distance of two atoms that 
 constexpr double kMinVolume = 1e-3;         // Å^3; an atom takes more than 1
 constexpr double kMaxFractional = 1 << 20;  // beyond it wrapping costs more than 1e-9 of a cell
 constexpr double kMaxSkew = 1 << 22;        // keeps integer coefficients far from overflow
-constexpr double kMaxDouble = 1.7976931348623157e308;
+// Largest component of a lattice vector, and farthest place where not periodic, Å. Squares then fit into
+// single precision, and lattice translations into 32-bit integers.
+constexpr double kMaxLength = 1e6;
 
-MGT_HOST_DEVICE inline bool is_finite(double value) { return std::fabs(value) <= kMaxDouble; }
+// Whether a component of a lattice vector can be worked with.
+MGT_HOST_DEVICE inline bool usable(double component) { return std::fabs(component) <= kMaxLength; }
+
+// Whether a fractional coordinate can be, along a lattice vector that is periodic or not.
+MGT_HOST_DEVICE inline bool usable(double fraction, Vec3 lattice_vector, bool periodic) {
+  return std::fabs(fraction) <= kMaxFractional &&
+         (periodic || std::fabs(fraction) * norm(lattice_vector) <= kMaxLength);
+}
+MGT_HOST_DEVICE inline bool usable(Vec3 frac, const Mat3& given, const bool* pbc) {
+  return usable(frac.x, given.row[0], pbc[0]) && usable(frac.y, given.row[1], pbc[1]) &&
+         usable(frac.z, given.row[2], pbc[2]);
+}
 
 // A basis in which neighbours are searched: the `periodic` reduced lattice vectors first, completed by
 // unit vectors at right angles to them where the crystal is not periodic.
@@ -72,7 +85,7 @@ MGT_HOST_DEVICE inline void minkowski_reduce(int count, Mat3& vectors, Int3 (&co
   }
 }
 
-enum class CellFault { kNone, kFlat, kOverflow, kSkewed, kOwnImage };
+enum class CellFault { kNone, kFlat, kSkewed, kOwnImage };
 
 // Why a cell cannot be worked on, and the numbers that show it.
 struct CellCheck {
@@ -81,11 +94,10 @@ struct CellCheck {
   double other;  // kSkewed: spacing of lattice planes, Å
 };
 
-// Reduce a cell of finite numbers; `cell` is complete if the check finds no fault.
+// Reduce a cell of usable components; `cell` is complete if the check finds no fault.
 MGT_HOST_DEVICE inline CellCheck reduce_cell(const Mat3& given, const bool* pbc, ReducedCell& cell) {
   const double volume = std::fabs(determinant(given));
   if (!(volume >= kMinVolume)) return {CellFault::kFlat, volume, 0};
-  if (!is_finite(volume)) return {CellFault::kOverflow, volume, 0};
 
   cell = ReducedCell{};
   const Int3 unit[3] = {{1, 0, 0}, {0, 1, 0}, {0, 0, 1}};

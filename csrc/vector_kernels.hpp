@@ -8,7 +8,8 @@
 
 namespace mgt {
 
-constexpr std::int64_t kVector = 16;  // single-precision numbers in the widest register
+constexpr std::int64_t kVector = 16;   // single-precision numbers in the widest register
+constexpr std::int64_t kRanked = 192;  // up to so many keys are put in order by RankKernel
 
 // A vector that fills a register of the machine.
 struct alignas(32) Vec4 {
@@ -27,11 +28,15 @@ struct EdgeTables {
   const Vec4* translation;  // (images) Å
   const Int4* shift;        // (images) the same, in the given cell
   std::uint32_t image_bits;
-  std::uint32_t home;  // the image that is the crystal itself
+  std::uint32_t home;  // the image that is the crystal itself; beyond it stand the opposites of those before
 
   std::uint32_t atom(std::uint32_t code) const { return code >> image_bits; }
   std::uint32_t image(std::uint32_t code) const { return code & ((1u << image_bits) - 1); }
-  std::uint32_t self(std::uint32_t i) const { return i << image_bits | home; }
+  std::uint32_t code(std::uint32_t atom, std::uint32_t image) const { return atom << image_bits | image; }
+  std::uint32_t self(std::uint32_t i) const { return code(i, home); }
+  std::uint32_t images() const { return 2 * home + 1; }
+  // The reverse of an edge from atom i.
+  std::uint32_t reverse(std::uint32_t i, std::uint32_t edge) const { return code(i, 2 * home - image(edge)); }
 };
 
 // Atoms and images of atoms round a crystal, single precision, Å from the middle of the crystal. Arrays may

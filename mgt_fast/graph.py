@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields, replace
 from numbers import Integral
 
@@ -14,6 +13,8 @@ from .structures import CrystalBatch
 
 SHELL_TOLERANCE = 1e-4
 """Relative width of a shell of neighbours: distances no farther apart count as equal."""
+
+_MAX_CUTOFF = 1e7  # Å; more than any two atoms are apart where not periodic
 
 
 @dataclass(frozen=True)
@@ -179,14 +180,17 @@ def neighbor_list(
     Raises:
         TypeError: for a batch whose tensors have other types than `CrystalBatch` says.
         ValueError: for wrong arguments, and, naming the structure, the atom and the value, for non-finite
-            numbers, a cell volume below 1e-3 Å^3, atoms closer than 0.01 Å (to each other or to an own
-            image), too few atoms for k without periodicity, or a search too large to be meant (over 10^6
-            expected neighbours an atom, 10^9 edges or 4·10^6 images a crystal).
+            numbers, lengths beyond 10^6 Å, a cell volume below 1e-3 Å^3, atoms closer than 0.01 Å (to each
+            other or to an own image), too few atoms for k without periodicity, or a search too large to be
+            meant (over 10^6 expected neighbours an atom, 10^8 edges or 4·10^6 images a crystal); for crystals
+            that require a gradient, which edges do not carry.
+        MemoryError: on the CPU, if there is no room for the list. (Memory is used again from call to call; up
+            to 256 MiB stay with the process.)
     """
     if (cutoff is None) == (max_neighbors is None):
         raise ValueError(f"cutoff = {cutoff} and max_neighbors = {max_neighbors}; give exactly one of them")
-    if cutoff is not None and not (math.isfinite(cutoff) and cutoff > 0):
-        raise ValueError(f"cutoff = {cutoff} Å; it must be positive and finite")
+    if cutoff is not None and not 0 < cutoff <= _MAX_CUTOFF:
+        raise ValueError(f"cutoff = {cutoff} Å; it must be positive and at most 10^7")
     if max_neighbors is not None:
         max_neighbors = _count("max_neighbors", max_neighbors)
     if not 0 <= shell_tolerance < 1:
@@ -361,6 +365,11 @@ def _check_tensors(crystals: CrystalBatch) -> None:
             )
         if tuple(tensor.shape) != shape:
             raise ValueError(f"crystals.{name} has shape {tuple(tensor.shape)}, expected {shape}")
+        if tensor.requires_grad:
+            raise ValueError(
+                f"crystals.{name} requires a gradient, which edges do not carry; detach it, and compute the "
+                "vectors to differentiate from edge_index and cell_shift"
+            )
         if tensor.device != crystals.numbers.device:
             raise ValueError(
                 f"crystals.{name} is on {tensor.device} and crystals.numbers on {crystals.numbers.device}; "

@@ -71,10 +71,6 @@ def test_slabs_wires_and_molecules(pbc):
 @given(crystals_of_any_shape(), st.integers(1, 30), PBC)
 def test_any_cell(crystal, k, pbc):
     assume(not len(all_pairs(crystal, 0.02, pbc)[0]) and (any(pbc) or k < len(crystal.frac)))
-    try:
-        build_graph(batch_of(crystal, pbc=pbc), max_neighbors=k)
-    except ValueError:
-        assume(False)  # a thin wire whose neighbours are too far to search for
     assert_same_frames(batch_of(crystal, pbc=pbc), k)
 
 

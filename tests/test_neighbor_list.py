@@ -1,7 +1,8 @@
 import itertools
 import math
 import os
-import sys
+import re
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -262,7 +263,7 @@ def test_other_descriptions_have_the_same_distances():
             np.testing.assert_allclose(d[2], np.repeat(d[0], 2), atol=1e-9)
 
 
-def test_very_skewed_cells_take_no_longer_to_search():
+def test_very_skewed_cells_have_the_neighbours_of_the_reduced_one():
     skewed = CUBIC._replace(cell=np.array([[1, 0, 0], [100, 1, 0], [-70, 150, 1]]) @ CUBIC.cell)
     found = neighbor_list(batch_of(skewed), cutoff=3.0)
     assert found.edge_vec.shape[0] == 6
@@ -325,9 +326,10 @@ def test_no_crystals_have_no_neighbours():
     [
         ({}, "exactly one"),
         ({"cutoff": 5.0, "max_neighbors": 12}, "exactly one"),
-        ({"cutoff": 0.0}, "cutoff = 0.0 Å; it must be positive and finite"),
+        ({"cutoff": 0.0}, r"cutoff = 0.0 Å; it must be positive and at most 10\^7"),
         ({"cutoff": -1.0}, "cutoff = -1.0"),
         ({"cutoff": math.inf}, "cutoff = inf"),
+        ({"cutoff": 1.1e7}, "cutoff = 11000000.0"),
         ({"cutoff": math.nan}, "cutoff = nan"),
         ({"max_neighbors": 0}, r"max_neighbors = 0; it must be a whole number from 1 to 10\^9"),
         ({"max_neighbors": 2.5}, "max_neighbors = 2.5; it must be a whole number"),
@@ -363,20 +365,28 @@ def test_tensors_of_another_type_are_refused(field, dtype):
         neighbor_list(changed, cutoff=5.0)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux counts it")
-def test_more_threads_than_the_system_has_room_for():
-    """There are no more threads than cores: with one a crystal the stacks would not fit."""
-    import resource
-
-    batch = batch_of(*[CUBIC] * 4000)
-    expected = neighbor_list(batch, cutoff=3.5, threads=1)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+@contextmanager
+def address_space_of_this_and(n_bytes):
+    """Let the process take so much more memory, and no more."""
+    resource = pytest.importorskip("resource")
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        pytest.skip("limits the address space as Linux counts it")
+    used = int(statm.read_text().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + (os.cpu_count() + 8) * 2**27, before[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (used + n_bytes, before[1]))
     try:
-        found = neighbor_list(batch, cutoff=3.5, threads=10**6)
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def test_more_threads_than_the_system_has_room_for():
+    """There are no more threads than cores: with one a crystal the stacks would not fit."""
+    batch = batch_of(*[CUBIC] * 4000)
+    expected = neighbor_list(batch, cutoff=3.5, threads=1)
+    with address_space_of_this_and((os.cpu_count() + 8) * 2**27):
+        found = neighbor_list(batch, cutoff=3.5, threads=10**6)
     assert torch.equal(found.edge_vec, expected.edge_vec)
 
 
@@ -399,8 +409,12 @@ FAULTS = {
     "no volume": (with_cell([[3, 0, 0], [0, 3, 0], [3, 3, 0]]), r"volume of 0 Å\^3, \(nearly\) zero"),
     "flat": (with_cell(np.diag([10, 10, 1e-11])), r"volume of 1e-09 Å\^3, \(nearly\) zero"),
     "tiny": (with_cell(1e-3 * np.eye(3)), r"volume of 1e-09 Å\^3, \(nearly\) zero"),
-    "huge": (with_cell(1e200 * np.eye(3)), "volume of the cell overflows"),
-    "needle": (with_cell(np.diag([1e8, 1, 1])), "less skewed cell"),
+    "long": (
+        with_cell(np.diag([3, 1.1e6, 3])),
+        r"component 1 of lattice vector b is 1\.1e\+06; give lengths in Å, at most 1e\+06",
+    ),
+    "huge": (with_cell(1e200 * np.eye(3)), r"component 0 of lattice vector a is 1e\+200; give"),
+    "needle": (with_cell(np.diag([1e6, 1, 0.1])), "less skewed cell"),
     "own image": (with_cell(np.diag([10, 30, 0.005])), "each atom is 0.005 Å from its own image"),
     "coincident": (
         with_frac([0.5, 0, 0], [0.1, 0.2, 0.3], [2.1, 0.2, -0.699]),
@@ -427,6 +441,116 @@ def test_searches_too_large_to_be_meant_are_refused_at_once():
         neighbor_list(batch_of(CUBIC), cutoff=1000.0)
     with pytest.raises(ValueError, match=r"too many images: .* lower max_neighbors"):
         neighbor_list(batch_of(CUBIC), max_neighbors=10**9)
+
+
+@pytest.mark.parametrize(
+    ("crystal", "cutoff", "reason"),
+    [
+        (
+            with_cell(np.diag([0.02, 0.02, 1e4])),
+            20.5,
+            "there are about 4.21e+06 images of the cell (allowed 4e+06)",
+        ),
+        (supercell(CUBIC, (10, 10, 10)), 230.0, "an atom has about 1.89e+06 neighbours (allowed 1e+06)"),
+        (supercell(CUBIC, (10, 10, 10)), 88.0, "the crystal has about 1.06e+08 edges (allowed 1e+08)"),
+    ],
+)
+def test_the_limit_that_a_search_passes_is_named(crystal, cutoff, reason):
+    with pytest.raises(ValueError, match=f"within {cutoff:.3g} Å {re.escape(reason)}; lower the cutoff"):
+        neighbor_list(batch_of(crystal), cutoff=cutoff)
+
+
+def test_a_search_that_memory_ends_names_the_structure():
+    # 10^8 pairs, 4 bytes each until they are written.
+    batch = batch_of(CUBIC, supercell(CUBIC, (16, 16, 16)))
+    with (
+        address_space_of_this_and(2**24),
+        pytest.raises(
+            ValueError,
+            match=r"structure '1': not enough memory for 4096 atoms with about 2\.\d*e\+04 neighbours each "
+            r"within 52 Å, .* lower the cutoff",
+        ),
+    ):
+        neighbor_list(batch, cutoff=52.0, threads=1)
+
+
+def test_a_list_that_memory_ends_names_its_size():
+    batch = batch_of(*[supercell(CUBIC, (8, 8, 8))] * 20)
+    with (
+        address_space_of_this_and(2**27),
+        pytest.raises(MemoryError, match=r"the list of \d{8} edges; build"),
+    ):
+        neighbor_list(batch, cutoff=19.0, threads=1)
+
+
+def with_atoms_far_away(n_atoms, distances):
+    """A crowd of atoms in the middle of nowhere, and others alone at so many Å along the diagonal."""
+    crowd = large_crystal(n_atoms)
+    positions = np.concatenate([crowd.positions, np.array(distances)[:, None] / 3**0.5 * np.ones(3)])
+    return Crystal(np.full(len(positions), 6), positions / 1000.0, 1000.0 * np.eye(3))
+
+
+@pytest.mark.parametrize("pbc", [(False, False, False), (True, False, False)])
+@pytest.mark.parametrize("k", [1, 7, 40])
+def test_atoms_far_away_search_on_alone(k, pbc):
+    crystal = with_atoms_far_away(60, [60.0, 150.0, 151.0, 400.0])
+    expected = whole_shells(crystal, k, pbc=pbc)
+    for threads in (1, 3):
+        assert_equal(neighbor_list(batch_of(crystal, pbc=pbc), max_neighbors=k, threads=threads), expected)
+    i, j, shift, vectors = expected
+    keep = [a < b or (a == b and tuple(s) > (0, 0, 0)) for a, b, s in zip(i, j, shift, strict=True)]
+    half = neighbor_list(batch_of(crystal, pbc=pbc), max_neighbors=k, half=True)
+    assert_equal(half, (i[keep], j[keep], shift[keep], vectors[keep]))
+
+
+def test_atoms_far_away_cost_the_others_nothing():
+    """Pairs of 10,000 atoms would take 800 MB."""
+    crystal = with_atoms_far_away(10_000, [900.0])
+    batch = batch_of(crystal, pbc=[False] * 3)
+    with address_space_of_this_and(2**28):
+        found = neighbor_list(batch, max_neighbors=25, threads=1)
+    alone = neighbor_list(batch_of(large_crystal(10_000), pbc=[False] * 3), max_neighbors=25)
+    n_edges = found.edge_vec.shape[0]
+    assert found.row_ptr[-1] - found.row_ptr[-2] == 25
+    assert n_edges == alone.edge_vec.shape[0] + 2 * 25
+    distance = found.edge_vec[-25:].norm(dim=1).max()
+    positions = torch.from_numpy(crystal.positions)
+    assert distance == (positions[:-1] - positions[-1]).norm(dim=1).kthvalue(25).values
+
+
+def test_wires_and_long_cells_are_searched_as_far_as_they_need():
+    wire = with_cell(np.diag([100.0, 4.0, 4.0]))
+    pbc = (True, False, False)
+    assert_equal(neighbor_list(batch_of(wire, pbc=pbc), max_neighbors=30), whole_shells(wire, 30, pbc=pbc))
+    long = with_frac([0, 0, 0.1], [0.5, 0.5, 0.1001])._replace(cell=np.diag([3.0, 3.0, 3000.0]))
+    assert_equal(neighbor_list(batch_of(long), cutoff=5.0), all_pairs(long, 5.0))
+
+
+@pytest.mark.parametrize("length", [1e3, 1e6])
+def test_very_large_cells(length):
+    fcc = np.array([[0, 0, 0], [0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]])
+    crystal = Crystal(np.full(4, 29), fcc, length * np.eye(3))
+    for mode, n_edges in (
+        ({"max_neighbors": 12}, 12),
+        ({"cutoff": 1.01 * length}, 18),
+        ({"cutoff": 0.7 * length}, 0),
+    ):
+        assert neighbor_list(batch_of(crystal), **mode).row_ptr.diff().tolist() == [n_edges] * 4
+
+
+def test_atoms_too_far_away_where_not_periodic_are_named():
+    slab = with_frac([0, 0, 0], [0, 0, 20.0])._replace(cell=np.diag([3.0, 3.0, 1e5]))
+    with pytest.raises(
+        ValueError, match="structure '0': atom 1: fractional coordinate c is 20; move it nearer"
+    ):
+        neighbor_list(batch_of(slab, pbc=(True, True, False)), cutoff=5.0)
+
+
+def test_gradients_are_refused():
+    batch = batch_of(CUBIC)
+    moving = replace(batch, frac_coords=batch.frac_coords.requires_grad_())
+    with pytest.raises(ValueError, match=r"crystals\.frac_coords requires a gradient, .* detach it"):
+        neighbor_list(moving, cutoff=3.0)
 
 
 def test_too_few_atoms_without_periodicity():
