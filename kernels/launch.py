@@ -13,6 +13,19 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton runs in its interpreter, on CPU tensors; it reads the same variable at its import."""
 
 
+CHANNELS = tuple(2**power for power in range(4, 10))
+"""Channel counts the Triton kernels have tiles for."""
+
+
+def check_channels(channels: int, name: str = "channels"):
+    """Raise ValueError if there are no tiles for so many channels."""
+    if channels not in CHANNELS:
+        raise ValueError(
+            f"{channels} {name}; the Triton kernels have {', '.join(map(str, CHANNELS))}: choose one of "
+            "these or backend='torch'"
+        )
+
+
 @dataclass(frozen=True)
 class Launch:
     """One kernel start: enough to compile the kernel as it is shipped, without a GPU.

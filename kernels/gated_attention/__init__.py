@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..batch_norm import update_running
+from ..launch import check_channels
 from ..precision import accumulator_dtype, compute_dtype
 from ..segment_sum import sum_rows
 from ..segments import Segments, gather_rows
@@ -13,9 +14,6 @@ from .reference import Rows
 from .reference import gated_attention as gated_attention_reference
 
 __all__ = ["gated_attention"]
-
-CHANNELS = tuple(2**power for power in range(4, 10))
-"""Channel counts the Triton kernels have tiles for."""
 
 
 def gated_attention(
@@ -74,11 +72,7 @@ def gated_attention(
         return gated_attention_reference(
             x, weight, near, far, Rows(x_rows, near_rows, far_rows, count), key, value, norm
         )
-    if channels not in CHANNELS:
-        raise ValueError(
-            f"{channels} channels; the Triton kernels have 16, 32, 64, 128, 256 and 512: choose one of "
-            "these or backend='torch'"
-        )
+    check_channels(channels)
     if x_rows is not None:
         x = gather_rows(x, x_rows, backend=backend).view(num_edges, num_keys, channels)
     dtype = compute_dtype(x)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from ..launch import check_channels
 from ..precision import compute_dtype
 from .reference import ACTIVATIONS
 from .reference import rbf_embedding as rbf_embedding_reference
 
 __all__ = ["rbf_embedding"]
-
-CHANNELS = tuple(2**power for power in range(4, 10))
-"""Channel counts the Triton kernels have tiles for."""
 
 
 def rbf_embedding(
@@ -36,11 +34,7 @@ def rbf_embedding(
         raise ValueError(f"activation = {activation!r}; choose one of softplus, silu, None")
     if backend == "torch":
         return rbf_embedding_reference(x, weight, bias, centers, spacing, activation)
-    if weight.shape[0] not in CHANNELS:
-        raise ValueError(
-            f"{weight.shape[0]} channels; the Triton kernels have 16, 32, 64, 128, 256 and 512: choose one "
-            "of these or backend='torch'"
-        )
+    check_channels(weight.shape[0])
     return _rbf_embedding(x, weight, bias, centers, spacing, activation, compute_dtype(x))
 
 

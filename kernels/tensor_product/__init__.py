@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..launch import check_channels
 from ..precision import accumulator_dtype, compute_dtype
 from ..segments import Segments
 from .reference import TensorProductShape, spherical_harmonics
@@ -11,9 +12,6 @@ from .reference import tensor_product_1 as tensor_product_1_reference
 from .reference import tensor_product_2 as tensor_product_2_reference
 
 __all__ = ["TensorProductShape", "spherical_harmonics", "tensor_product_1", "tensor_product_2"]
-
-CHANNELS = tuple(2**power for power in range(4, 10))
-"""Hidden channel counts the Triton kernels have tiles for."""
 
 
 def tensor_product_1(
@@ -97,11 +95,7 @@ def _mean_product(
     sender: Segments,
 ) -> torch.Tensor:
     """Mean over each receiver's edges of contraction and expansion; see `triton.forward`."""
-    if hidden.shape[1] not in CHANNELS:
-        raise ValueError(
-            f"{hidden.shape[1]} hidden channels; the Triton kernels have 16, 32, 64, 128, 256 and 512: "
-            "choose one of these or backend='torch'"
-        )
+    check_channels(hidden.shape[1], "hidden channels")
     dtype = compute_dtype(hidden)
     wide = accumulator_dtype(dtype)
     total = _tensor_product(
