@@ -10,22 +10,27 @@ import torch.nn.functional as F
 
 from .graph import CrystalGraph
 from .kernels.precision import accumulator_dtype
+from .kernels.random import fork_keys, normal
 from .kernels.segments import segment_mean
 from .layers import GraphIndex
 from .outputs import EdgeNoise, MGTOutput
 
 
-def draw_noise(graph: CrystalGraph, std: float, generator: torch.Generator | None = None) -> EdgeNoise:
+def draw_noise(graph: CrystalGraph, std: float, keys: torch.Tensor | None = None) -> EdgeNoise:
     """Draw independent Gaussian noise for every angle cosine and edge vector.
 
     Args:
         graph: the crystals.
         std: standard deviation; of the cosines without unit, of the vectors in Å (published: 0.05).
-        generator: source of randomness, on the graph's device.
+        keys: a crystal's key and an edge's place in its crystal decide the edge's noise, (B,) int64 (see
+            `kernels.random`); None draws them from torch's generator.
     """
-    vec = graph.edge_vec
-    cosine, vector = std * torch.randn(2, *vec.shape, generator=generator, dtype=vec.dtype, device=vec.device)
-    return EdgeNoise(cosine=cosine, vector=vector)
+    if keys is None:
+        keys = torch.randint(2**62, (graph.num_crystals,), device=graph.batch_ptr.device)
+    crystal = GraphIndex(graph).crystal_of_edge
+    place = torch.arange(graph.num_edges, device=keys.device) - crystal.ptr[crystal.index]
+    noise = normal(fork_keys(keys[crystal.index], place), 6, graph.edge_vec.dtype).mul_(std)
+    return EdgeNoise(cosine=noise[:, :3], vector=noise[:, 3:])
 
 
 def mean_over_crystals(values: torch.Tensor, graph: CrystalGraph) -> torch.Tensor:
@@ -51,13 +56,48 @@ def nt_xent(z_a: torch.Tensor, z_b: torch.Tensor, temperature: float = 1.0) -> t
     """
     if z_a.shape != z_b.shape:
         raise ValueError(f"the views' embeddings differ in shape: {tuple(z_a.shape)}, {tuple(z_b.shape)}")
-    n = z_a.shape[0]
+    unit = _unit_rows(z_a, z_b)
+    return _sum_over_anchors(unit, 0, unit.shape[0], temperature) / unit.shape[0]
+
+
+def nt_xent_gradient(
+    z_a: torch.Tensor, z_b: torch.Tensor, temperature: float = 1.0, anchors: int = 8192
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `nt_xent` and its gradient with respect to both embeddings, (2, B, C).
+
+    So many anchors at a time, of which each has 2B similarities, bound the memory.
+    """
+    with torch.enable_grad():
+        z = torch.stack((z_a.detach(), z_b.detach())).requires_grad_()
+        unit = _unit_rows(*z)
+        leaf = unit.detach().requires_grad_()
+        num_anchors = leaf.shape[0]
+        loss, gradient = leaf.new_zeros(()), torch.zeros_like(leaf)
+        for start in range(0, num_anchors, anchors):
+            part = (
+                _sum_over_anchors(leaf, start, min(start + anchors, num_anchors), temperature) / num_anchors
+            )
+            loss += part.detach()
+            gradient += torch.autograd.grad(part, leaf)[0]
+        return loss, torch.autograd.grad(unit, z, gradient)[0]
+
+
+def _unit_rows(z_a: torch.Tensor, z_b: torch.Tensor) -> torch.Tensor:
+    """Embeddings of both views one below the other, of length 1, in float32 or better."""
     z = torch.cat((z_a, z_b))
-    z = F.normalize(z.to(accumulator_dtype(z.dtype)), dim=1)
-    with torch.autocast(z.device.type, enabled=False):
-        similarity = (z @ z.t() / temperature).fill_diagonal_(float("-inf"))
-    positive = torch.arange(2 * n, device=z.device).roll(n)
-    return F.cross_entropy(similarity, positive)
+    return F.normalize(z.to(accumulator_dtype(z.dtype)), dim=1)
+
+
+def _sum_over_anchors(unit: torch.Tensor, start: int, stop: int, temperature: float) -> torch.Tensor:
+    """Sum of −log softmax of the positive pair, over the anchors from `start` to `stop`."""
+    n = unit.shape[0]
+    anchor = torch.arange(start, stop, device=unit.device)
+    with torch.autocast(unit.device.type, enabled=False):
+        similarity = unit[start:stop] @ unit.t() / temperature
+        similarity = similarity.masked_fill(
+            anchor[:, None] == torch.arange(n, device=unit.device), -torch.inf
+        )
+    return F.cross_entropy(similarity, (anchor + n // 2) % n, reduction="sum")
 
 
 def noise_per_crystal(noise: torch.Tensor, index: GraphIndex) -> torch.Tensor:
@@ -65,37 +105,27 @@ def noise_per_crystal(noise: torch.Tensor, index: GraphIndex) -> torch.Tensor:
     return segment_mean(segment_mean(noise, index.target), index.crystal)
 
 
-@dataclass(frozen=True)
-class PretrainingLoss:
-    """The loss and its parts, scalars; a part that the configuration leaves out is None."""
-
-    total: torch.Tensor
-    contrastive: torch.Tensor | None
-    se3_denoising: torch.Tensor | None
-    so3_denoising: torch.Tensor | None
-
-
-def pretraining_loss(
+def denoising_losses(
     output: MGTOutput,
     graph: CrystalGraph,
     noise: EdgeNoise,
     *,
     denoising: Literal["crystal", "edge"] = "crystal",
     noise_std: float = 1.0,
-    temperature: float = 1.0,
-    weights: tuple[float, float, float] = (1.0, 0.5, 0.5),
-) -> PretrainingLoss:
-    """Weigh contrast and denoising together.
+    num_edges: torch.Tensor | int | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return the SE(3) and the SO(3) view's denoising loss; None for a view that the network lacks.
+
+    Over the parts of a batch they add up to those of the batch.
 
     Args:
         output: of a network with task "pretrain".
         graph: the crystals.
         noise: what was added to them.
-        denoising: "crystal": squared error of the crystal's mean noise, summed over the batch (published);
-            "edge": squared error of each edge's noise in units of its variance, averaged over edges.
+        denoising: "crystal": squared error of the crystal's mean noise, summed over the crystals (published);
+            "edge": squared error of each edge's noise in units of its variance, averaged over the edges.
         noise_std: standard deviation of the noise, used by "edge".
-        temperature: of the contrastive loss.
-        weights: of contrast, SE(3) and SO(3) denoising.
+        num_edges: of the batch that the graph is a part of, used by "edge"; None: it is the whole batch.
 
     Raises:
         ValueError: if the network's denoising heads are of the other kind, or the graph is padded.
@@ -120,11 +150,50 @@ def pretraining_loss(
             )
         wide = accumulator_dtype(predicted.dtype)
         error = predicted.to(wide) - target.to(wide)
-        return (error / noise_std).square().sum(1).mean() if denoising == "edge" else error.square().sum()
+        if denoising == "crystal":
+            return error.square().sum()
+        return (error / noise_std).square().sum() / (graph.num_edges if num_edges is None else num_edges)
 
+    return denoise(output.se3_noise, noise.cosine), denoise(output.so3_noise, noise.vector)
+
+
+@dataclass(frozen=True)
+class PretrainingLoss:
+    """The loss and its parts, scalars; a part that the configuration leaves out is None."""
+
+    total: torch.Tensor
+    contrastive: torch.Tensor | None
+    se3_denoising: torch.Tensor | None
+    so3_denoising: torch.Tensor | None
+
+
+def pretraining_loss(
+    output: MGTOutput,
+    graph: CrystalGraph,
+    noise: EdgeNoise,
+    *,
+    denoising: Literal["crystal", "edge"] = "crystal",
+    noise_std: float = 1.0,
+    temperature: float = 1.0,
+    weights: tuple[float, float, float] = (1.0, 0.5, 0.5),
+) -> PretrainingLoss:
+    """Weigh contrast and denoising of one whole batch together.
+
+    Args:
+        output, graph, noise, denoising, noise_std: see `denoising_losses`.
+        temperature: of the contrastive loss.
+        weights: of contrast, SE(3) and SO(3) denoising.
+
+    Raises:
+        ValueError: as `denoising_losses`.
+
+    Source:
+        arXiv 2507.15303, pretraining objective.
+    """
     contrastive = None
     if output.se3_proj is not None and output.so3_proj is not None:
         contrastive = nt_xent(output.se3_proj, output.so3_proj, temperature)
-    parts = (contrastive, denoise(output.se3_noise, noise.cosine), denoise(output.so3_noise, noise.vector))
+    denoised = denoising_losses(output, graph, noise, denoising=denoising, noise_std=noise_std)
+    parts = (contrastive, *denoised)
     total = sum(weight * part for weight, part in zip(weights, parts, strict=True) if part is not None)
     return PretrainingLoss(total, *parts)

@@ -16,6 +16,7 @@ from .config import MGTConfig
 from .graph import CrystalGraph
 from .kernels import check_backend, resolve_backend
 from .kernels.geometry import invariant_geometry, inverse_length
+from .kernels.random import fork_keys, uniform
 from .kernels.segments import SharedRows, gather_rows, segment_mean
 from .kernels.tensor_product import TensorProductShape
 from .layers import (
@@ -95,33 +96,55 @@ class SO3Encoder(nn.Module):
         return Encoding(segment_mean(node, index.crystal, backend=index.backend), node, edge, vectors)
 
 
+class Dropout(nn.Dropout):
+    """Dropout of crystals' features, which a crystal's key decides where there is one.
+
+    Args:
+        p: share of the features that become zero in training.
+        purpose: a number of its own, so that one key drops other features elsewhere.
+    """
+
+    def __init__(self, p: float, purpose: int):
+        super().__init__(p)
+        self.purpose = purpose
+
+    def forward(self, x: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
+        """Drop features of x, (B, C); keys (B,) int64, None: torch's generator decides."""
+        if keys is None or not self.training or self.p == 0:
+            return super().forward(x)
+        if self.p == 1:
+            return x * 0
+        kept = uniform(fork_keys(keys, self.purpose), x.shape[1]) >= self.p
+        return x * kept.to(x.dtype).div_(1 - self.p)
+
+
 class ProjectionHead(nn.Module):
     """g ↦ g + LayerNorm(dropout(SiLU(Linear(Linear(g)))))."""
 
-    def __init__(self, config: MGTConfig):
+    def __init__(self, config: MGTConfig, view: int):
         super().__init__()
         self.projection = nn.Linear(config.channels, config.channels)
         self.fc = nn.Linear(config.channels, config.channels)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout, purpose=1 + view)
         self.layer_norm = nn.LayerNorm(config.channels)
 
-    def forward(self, pool: torch.Tensor) -> torch.Tensor:
+    def forward(self, pool: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
         """Project crystal embeddings, (B, C) → (B, C)."""
-        return pool + self.layer_norm(self.dropout(F.silu(self.fc(self.projection(pool)))))
+        return pool + self.layer_norm(self.dropout(F.silu(self.fc(self.projection(pool))), keys))
 
 
 class Expert(nn.Module):
     """Two-layer network from crystal embeddings to predictions."""
 
-    def __init__(self, input_dim: int, config: MGTConfig):
+    def __init__(self, input_dim: int, config: MGTConfig, view: int = 0):
         super().__init__()
         self.expert1 = nn.Linear(input_dim, config.expert_hidden)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout, purpose=3 + view)
         self.expert2 = nn.Linear(config.expert_hidden, config.output_dim)
 
-    def forward(self, embedding: torch.Tensor) -> torch.Tensor:
+    def forward(self, embedding: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
         """Predict, (B, input_dim) → (B, output_dim)."""
-        return self.expert2(self.dropout(F.gelu(self.expert1(embedding))))
+        return self.expert2(self.dropout(F.gelu(self.expert1(embedding)), keys))
 
 
 class MixtureOfExperts(nn.Module):
@@ -129,18 +152,22 @@ class MixtureOfExperts(nn.Module):
 
     def __init__(self, config: MGTConfig):
         super().__init__()
-        self.experts = nn.ModuleList(Expert(config.channels, config) for _ in range(2))
+        self.experts = nn.ModuleList(Expert(config.channels, config, view) for view in range(2))
         self.attention_gate = nn.ModuleDict(
             {"attention": nn.MultiheadAttention(config.output_dim, num_heads=1, batch_first=True)}
         )
         self.projection = nn.Linear(2 * config.output_dim, config.output_dim)
 
-    def forward(self, *views: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, *views: torch.Tensor, keys: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Fuse two embeddings (B, C) into a prediction (B, output_dim) and each view's share (B, 2).
 
         A view's share is the size of its term in the final linear map relative to both terms' sizes.
         """
-        tokens = torch.stack([expert(view) for expert, view in zip(self.experts, views, strict=True)], dim=1)
+        tokens = torch.stack(
+            [expert(view, keys) for expert, view in zip(self.experts, views, strict=True)], dim=1
+        )
         gate, _ = self.attention_gate["attention"](tokens, tokens, tokens, need_weights=False)
         routed = tokens * gate  # [B, 2, output_dim]
         weight = self.projection.weight.unflatten(1, (2, -1))  # [output_dim, 2, output_dim]
@@ -238,10 +265,10 @@ class MGT(nn.Module):
         self.backend = check_backend(backend)
         if config.views != "so3":
             self.se3_graph_encoder = SE3Encoder(config)
-            self.se3_projection_encoder = ProjectionHead(config)
+            self.se3_projection_encoder = ProjectionHead(config, view=0)
         if config.views != "se3":
             self.so3_graph_encoder = SO3Encoder(config)
-            self.so3_projection_encoder = ProjectionHead(config)
+            self.so3_projection_encoder = ProjectionHead(config, view=1)
         if config.task == "pretrain":
             if config.views != "so3":
                 self.se3_angle_layer = (
@@ -262,12 +289,16 @@ class MGT(nn.Module):
         else:
             self.mixture_of_experts = MixtureOfExperts(config)
 
-    def forward(self, graph: CrystalGraph, noise: EdgeNoise | None = None) -> MGTOutput:
+    def forward(
+        self, graph: CrystalGraph, noise: EdgeNoise | None = None, keys: torch.Tensor | None = None
+    ) -> MGTOutput:
         """Encode, project and predict.
 
         Args:
             graph: B crystals; lengths are converted to the parameters' dtype.
             noise: added to the views' geometry (pretraining); converted likewise.
+            keys: decide each crystal's dropout, (B,) int64 (see `kernels.random`); None leaves it to torch's
+                generator.
 
         Returns:
             Every intermediate result that a loss or a report needs; see `MGTOutput`.
@@ -280,10 +311,10 @@ class MGT(nn.Module):
         config, index, out = self.config, GraphIndex(graph, backend), {}
         if config.views != "so3":
             se3 = self.se3_graph_encoder(graph, index, None if noise is None else noise.cosine)
-            out["se3_pool"], out["se3_proj"] = se3.pool, self.se3_projection_encoder(se3.pool)
+            out["se3_pool"], out["se3_proj"] = se3.pool, self.se3_projection_encoder(se3.pool, keys)
         if config.views != "se3":
             so3 = self.so3_graph_encoder(graph, index, None if noise is None else noise.vector)
-            out["so3_pool"], out["so3_proj"] = so3.pool, self.so3_projection_encoder(so3.pool)
+            out["so3_pool"], out["so3_proj"] = so3.pool, self.so3_projection_encoder(so3.pool, keys)
 
         if config.task == "pretrain":
             per_edge = config.denoising == "edge"
@@ -298,9 +329,9 @@ class MGT(nn.Module):
 
         views = [out[name] for name in ("se3_proj", "so3_proj") if name in out]
         if config.views == "both" and config.fusion == "router":
-            out["prediction"], out["contributions"] = self.mixture_of_experts(*views)
+            out["prediction"], out["contributions"] = self.mixture_of_experts(*views, keys=keys)
         else:
-            out["prediction"] = self.expert(torch.cat(views, dim=1))
+            out["prediction"] = self.expert(torch.cat(views, dim=1), keys)
             if config.views != "both":
                 out["contributions"] = shares = views[0].new_zeros(graph.num_crystals, 2)
                 shares[:, ("se3", "so3").index(config.views)] = 1

@@ -4,8 +4,16 @@ import pytest
 import torch
 
 from mgt_fast import CrystalBatch, build_graph
+from mgt_fast.data import CrystalDataset
 from mgt_fast.layers import GraphIndex
-from mgt_fast.losses import draw_noise, noise_per_crystal, nt_xent, pretraining_loss
+from mgt_fast.losses import (
+    denoising_losses,
+    draw_noise,
+    noise_per_crystal,
+    nt_xent,
+    nt_xent_gradient,
+    pretraining_loss,
+)
 from mgt_fast.outputs import EdgeNoise, MGTOutput
 
 
@@ -41,19 +49,34 @@ def test_nt_xent_refuses_views_of_different_batches():
         nt_xent(torch.zeros(2, 4), torch.zeros(3, 4))
 
 
-def test_noise_is_fresh_and_seeded(graph):
-    def draw(generator):
-        return draw_noise(graph, 0.05, generator)
-
-    generator = torch.Generator().manual_seed(7)
-    first, second = draw(generator), draw(generator)
-    again = draw(torch.Generator().manual_seed(7))
+def test_noise_is_fresh_unless_keys_decide_it(graph):
+    assert not torch.equal(draw_noise(graph, 0.05).vector, draw_noise(graph, 0.05).vector)
+    first, again, other = (draw_noise(graph, 0.05, torch.tensor(keys)) for keys in ([5, 6], [5, 6], [7, 8]))
     assert torch.equal(first.cosine, again.cosine)
     assert torch.equal(first.vector, again.vector)
-    assert not torch.equal(first.vector, second.vector)
-    assert not torch.equal(first.vector, first.cosine)
-    both = torch.cat([first.cosine, first.vector, second.cosine, second.vector])
+    both = torch.cat([first.cosine, first.vector, other.cosine, other.vector])
+    assert len(both.unique()) == both.numel()
     assert both.std() == pytest.approx(0.05, rel=0.2)
+
+
+def test_noise_of_a_crystal_does_not_depend_on_its_batch():
+    def noise_of(places):
+        return draw_noise(build_graph(dataset.gather(places), 6), 0.05, torch.tensor(places) + 40).vector
+
+    dataset = CrystalDataset.open()
+    apart = torch.cat([noise_of([place]) for place in (3, 0, 7)])
+    assert torch.equal(noise_of([3, 0, 7]), apart)
+
+
+@pytest.mark.parametrize("anchors", [3, 100])
+def test_gradient_of_nt_xent_in_blocks(anchors):
+    z = torch.randn(
+        2, 7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True
+    )
+    loss, gradient = nt_xent_gradient(*z, 0.5, anchors)
+    expected = nt_xent(*z, 0.5)
+    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, z)[0])
 
 
 def test_crystal_target_is_a_mean_over_atoms_of_means_over_incoming_edges(graph):
@@ -81,6 +104,23 @@ def test_loss_parts(graph, denoising):
     # Wrong by 0.1 in three components: a sum over two crystals, or a mean in units of 0.05.
     assert float(found.so3_denoising) == pytest.approx(0.06 if denoising == "crystal" else 12)
     assert float(found.total) == pytest.approx(2 * float(nt_xent(z, z)) + 5 * float(found.so3_denoising))
+
+
+@pytest.mark.parametrize("denoising", ["crystal", "edge"])
+def test_denoising_losses_of_parts_add_up(denoising):
+    dataset = CrystalDataset.open()
+
+    def losses(places, num_edges):
+        graph = build_graph(dataset.gather(places), 6)
+        noise = draw_noise(graph, 0.05, torch.tensor(places))
+        rows = len(places) if denoising == "crystal" else graph.num_edges
+        output = MGTOutput(se3_noise=torch.ones(rows, 3).double(), so3_noise=torch.zeros(rows, 3).double())
+        return torch.stack(
+            denoising_losses(output, graph, noise, denoising=denoising, noise_std=0.05, num_edges=num_edges)
+        )
+
+    total = build_graph(dataset.gather([3, 0, 7]), 6).num_edges
+    torch.testing.assert_close(losses([3, 0], total) + losses([7], total), losses([3, 0, 7], None))
 
 
 def test_heads_of_the_other_kind_are_refused(graph):

@@ -6,6 +6,7 @@ from scipy.spatial.transform import Rotation
 
 from mgt_fast import MGT, CrystalBatch, MGTConfig, build_graph, layers
 from mgt_fast.losses import draw_noise
+from mgt_fast.model import Dropout
 from mgt_fast.outputs import EdgeNoise
 
 SMALL = MGTConfig(channels=16, num_scalars=8, num_vectors=2, expert_hidden=8, dropout=0.0)
@@ -48,7 +49,7 @@ def test_ablations(graph, changes, present, absent):
     parts = {name.split(".")[0] for name in model.state_dict()}
     assert present <= parts
     assert not absent & parts
-    out = model(graph, draw_noise(graph, 0.05, torch.Generator().manual_seed(0)))
+    out = model(graph, draw_noise(graph, 0.05, torch.arange(graph.num_crystals)))
     if model.config.task == "predict":
         assert out.prediction.shape == (2, model.config.output_dim)
         loss = out.prediction.square().sum()
@@ -58,6 +59,39 @@ def test_ablations(graph, changes, present, absent):
         loss = loss + out.se3_proj.sum() + out.so3_proj.sum()
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("changes", [{}, {"fusion": "concat"}, {"task": "pretrain"}], ids=str)
+def test_dropout_is_decided_by_the_crystal_s_key(graph, changes):
+    def embeddings(keys):
+        out = model(graph, keys=keys)
+        return (
+            torch.cat((out.se3_proj, out.so3_proj), 1)
+            if out.prediction is None
+            else torch.cat((out.prediction, out.se3_proj), 1)
+        ).detach()
+
+    model = make(**changes, dropout=0.5)
+    keys = torch.tensor([3, 4])
+    first = embeddings(keys)
+    assert torch.equal(first, embeddings(keys))
+    assert not torch.equal(embeddings(None), embeddings(None))
+    other = embeddings(torch.tensor([3, 5]))
+    assert torch.equal(first[0], other[0])
+    assert not torch.equal(first[1], other[1])
+    model.eval()
+    assert torch.equal(embeddings(keys), embeddings(None))
+
+
+def test_dropout_keeps_the_mean_and_differs_by_purpose():
+    keys, x = torch.arange(300), torch.ones(300, 50)
+    dropped = [Dropout(0.2, purpose)(x, keys) for purpose in (1, 2)]
+    for values in dropped:
+        assert set(values.unique().tolist()) == {0.0, 1.25}
+        assert values.mean() == pytest.approx(1, abs=0.02)
+    both = ((dropped[0] == 0) & (dropped[1] == 0)).float().mean()
+    assert both == pytest.approx(0.04, abs=0.01)
+    assert Dropout(1.0, 1)(x, keys).abs().max() == 0
 
 
 def test_fresh_per_edge_heads_predict_no_noise(graph):
@@ -89,7 +123,7 @@ def test_contribution_is_the_share_of_the_view_in_the_prediction(graph):
 def test_each_view_sees_its_own_noise_alone(graph):
     model = make().eval()
     clean = model(graph)
-    noise = draw_noise(graph, 0.05, torch.Generator().manual_seed(0))
+    noise = draw_noise(graph, 0.05, torch.arange(graph.num_crystals))
     nothing = torch.zeros_like(noise.cosine)
     only_cosine = model(graph, EdgeNoise(cosine=noise.cosine, vector=nothing))
     only_vector = model(graph, EdgeNoise(cosine=nothing, vector=noise.vector))
@@ -103,7 +137,7 @@ def test_per_edge_noise_turns_with_the_crystal(graph):
     model = make(task="pretrain", denoising="edge").eval()
     for head in (model.se3_angle_layer, model.so3_edge_layer):  # fresh heads predict zero
         torch.nn.init.normal_(head.head.out.weight)
-    noise = draw_noise(graph, 0.05, torch.Generator().manual_seed(0))
+    noise = draw_noise(graph, 0.05, torch.arange(graph.num_crystals))
     turn = torch.tensor(Rotation.random(random_state=1).as_matrix()).t()
     turned = dataclasses.replace(graph, edge_vec=graph.edge_vec @ turn, frame=graph.frame @ turn)
     before = model(graph, noise)
@@ -116,7 +150,7 @@ def test_per_edge_noise_turns_with_the_crystal(graph):
 def test_lengths_are_converted_to_the_parameters_type(graph):
     torch.manual_seed(0)
     model = MGT(SMALL).eval()
-    noise = draw_noise(graph, 0.05, torch.Generator().manual_seed(0))
+    noise = draw_noise(graph, 0.05, torch.arange(graph.num_crystals))
     single = EdgeNoise(cosine=noise.cosine.float(), vector=noise.vector.float())
     converted = model(graph, noise).prediction
     assert converted.dtype == torch.float32
