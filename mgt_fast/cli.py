@@ -42,7 +42,7 @@ DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda."
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Crystals at a time.")]
 WorkersOption = Annotated[
     int | None,
-    typer.Option("--workers", "-j", min=1, help="Processes that read files; one a core when absent."),
+    typer.Option("--workers", "-j", min=0, help="Processes that parse crystals; one a core when absent."),
 ]
 
 

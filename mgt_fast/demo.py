@@ -52,7 +52,7 @@ def run_demo(folder: str | Path, console: Console, overrides: Sequence[str] = ()
     index = typical_crystal(dataset, settings.data.target)
     cif = folder / f"{dataset.ids[index]}.cif"
     write_cif(cif, dataset.gather([index]))
-    table, _ = predict_paths(model, [cif], workers=1)
+    table, _ = predict_paths(model, [cif], workers=0)
     table.write(folder / "prediction.csv")
     share = (
         "" if table.contributions is None else f", {table.contributions[0, 1]:.0%} of it from the SO(3) view"

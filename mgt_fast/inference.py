@@ -284,7 +284,7 @@ def predict_paths(
         model: a network for prediction.
         paths: where the crystals are; a path given twice counts once.
         batch_size: crystals at a time.
-        workers: processes that read files; None for one a core.
+        workers: processes that read files; None for one a core, 0 for none (see `data.prepare`).
         console: where progress and files without crystals are reported; None for nowhere.
 
     Returns:
@@ -343,7 +343,8 @@ def _predict_files(model: MGT, inputs: Inputs, batch_size: int, workers: int | N
     size = max(batch_size, CHUNK_SIZE)
     chunks = iter(lambda: list(itertools.islice(records, size)), [])
     options = ParseOptions(targets={}, require_target="none")
-    for chunk, parsed in parse_all(chunks, options, workers or len(os.sched_getaffinity(0))):
+    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    for chunk, parsed in parse_all(chunks, options, workers):
         unread = [
             Reject(
                 chunk[i].source, chunk[i].id, fault.reason, str(fault.value)[:LONGEST_VALUE], fault.message

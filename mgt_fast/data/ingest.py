@@ -91,8 +91,8 @@ def prepare(
 
     Every record is stored, or listed in the dataset's `rejects.csv` with source, id, reason code, the value
     at fault and a message. The second of two crystals with the same id is rejected (`duplicate_id`). The
-    dataset does not depend on the number of workers. A script that calls this with several workers must guard
-    its main part with `if __name__ == "__main__":`, because they import it.
+    dataset does not depend on the number of workers. A script that calls this must guard its main part with
+    `if __name__ == "__main__":`, because worker processes import it.
 
     Args:
         inputs: what to read; formats are recognised (see `mgt_fast.data.readers`).
@@ -108,7 +108,9 @@ def prepare(
             objects with ids as keys; may be zipped) or a csv with the columns id and split. When absent, a
             column `split` of the records counts, if it holds train, val, test or nothing.
         format: format of all files, instead of detection.
-        workers: worker processes; as many as there are cores when absent, 1 for none.
+        workers: worker processes; as many as there are cores when absent. In one, a record that crashes the
+            parser or takes more than `data.workers.Limits` allows is rejected; 0 parses in this process,
+            without that protection.
         shard_size: crystals a shard.
         overwrite: replace an existing dataset.
         console: where to show progress; nowhere when absent.
@@ -122,8 +124,8 @@ def prepare(
     started = time.perf_counter()
     output = Path(output)
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
-    if workers < 1:
-        raise PrepareError(f"workers = {workers}; it must be at least 1")
+    if workers < 0:
+        raise PrepareError(f"workers = {workers}; it must be 0 (for none) or more")
     if require_target not in REQUIREMENTS:
         raise PrepareError(f"require_target = {require_target!r}; choose one of {', '.join(REQUIREMENTS)}")
     check_output(output, overwrite)

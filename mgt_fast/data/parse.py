@@ -3,22 +3,18 @@
 A structure is refused for one of these reasons: `unreadable_cif`, `unreadable_record`, `unreadable_file`,
 `not_finite`, `unknown_element`, `partial_occupancy`, `near_zero_volume`, `bad_cell` (its volume overflows, or
 it is skewed beyond measure), `bad_coordinates` (a million cells away), `atoms_too_close`; a target for
-`not_finite`, `target_not_a_number`, `missing_target`; a part for `unknown_split`; and a record on which the
-parser itself died for `parser_failure`.
+`not_finite`, `target_not_a_number`, `missing_target`; a part for `unknown_split`; and a record that asks too
+much for `too_large` (its text), `too_many_atoms`, `timeout`, `out_of_memory`, or, when the parser itself died
+of it, `parser_failure`.
 """
 
 from __future__ import annotations
 
-import faulthandler
 import math
-import os
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +24,7 @@ from ..graph import neighbor_list
 from ..structures import CrystalBatch
 from .readers.base import Crystal, RawRecord, RecordError, target_value
 from .store import record_batch
+from .workers import Limits, LostError, WorkerPool
 
 REQUIREMENTS = ("any", "all", "none")
 MIN_DISTANCE = 0.5  # Å
@@ -42,12 +39,12 @@ class ParseOptions:
     Attributes:
         targets: key in the records to name in the dataset.
         require_target: "any" (a record needs one of them), "all" or "none".
-        timeout: seconds after which a worker counts as hung; a chunk takes well under one.
+        limits: what one record may take; in worker processes alone.
     """
 
     targets: Mapping[str, str]
     require_target: str = "any"
-    timeout: float = 60.0
+    limits: Limits = field(default_factory=Limits)
 
 
 @dataclass
@@ -65,19 +62,47 @@ class Parsed:
     rejected: list[tuple[int, RecordError]] = field(default_factory=list)
 
 
-def parse_chunk(records: Sequence[RawRecord], options: ParseOptions) -> Parsed:
-    """Parse and check records; whatever one of them does wrong, the others are unharmed."""
+def parse_chunk(
+    records: Sequence[RawRecord], options: ParseOptions, watch: Callable[[int], None] = lambda position: None
+) -> Parsed:
+    """Parse and check records; whatever one of them does wrong, the others are unharmed.
+
+    Args:
+        records: the records.
+        options: what is asked.
+        watch: called with the position of each record when its turn comes, then with their number.
+
+    Raises:
+        LostError: if memory runs out over the records together.
+    """
     good: list[tuple[int, Crystal, dict[str, float]]] = []
     rejected = []
     for i, record in enumerate(records):
+        watch(i)
         try:
             crystal = record.payload.crystal()
             good.append((i, crystal, _targets(record.targets, options)))
         except RecordError as error:
             rejected.append((i, error))
         except Exception as error:
+            reason = "out_of_memory" if isinstance(error, MemoryError) else "unreadable_record"
             message = f"{type(error).__name__}: {error}"
-            rejected.append((i, RecordError("unreadable_record", type(record.payload).__name__, message)))
+            rejected.append((i, RecordError(reason, type(record.payload).__name__, message)))
+    watch(len(records))
+    try:
+        return _checked(records, good, rejected, options)
+    except MemoryError as error:
+        message = "not enough memory to check and store it"
+        raise LostError(len(records), "out_of_memory", message) from error
+
+
+def _checked(
+    records: Sequence[RawRecord],
+    good: Sequence[tuple[int, Crystal, dict[str, float]]],
+    rejected: list[tuple[int, RecordError]],
+    options: ParseOptions,
+) -> Parsed:
+    """Reject crystals with crowded atoms, and pack the others."""
     crowded = _crowded([crystal for _, crystal, _ in good], [records[i].id for i, _, _ in good])
     rejected += [(good[j][0], error) for j, error in crowded.items()]
     good = [entry for j, entry in enumerate(good) if j not in crowded]
@@ -160,81 +185,35 @@ def parse_all(
 ) -> Iterator[tuple[Sequence[RawRecord], Parsed]]:
     """Parse chunks in worker processes and yield them in order.
 
-    A record that kills its worker, or keeps it busy for `options.timeout`, is rejected and the rest goes on.
-    With `workers` = 1 everything happens in this process, without that protection.
+    A record that kills its worker, or takes more time or memory than `options.limits`, is rejected and the
+    rest goes on. With `workers` = 0 everything happens in this process, without that protection.
     """
-    if workers == 1:
+    if workers == 0:
         for chunk in chunks:
-            yield chunk, parse_chunk(chunk, options)
+            yield chunk, _parse_surviving(lambda records: parse_chunk(records, options), chunk)
         return
-    pool = _Pool(workers)
-    pending: deque[tuple[Sequence[RawRecord], Future]] = deque()
-    try:
-        for chunk in chunks:
-            pending.append((chunk, pool.submit(chunk, options)))
-            if len(pending) >= 4 * workers:
-                yield _settle(*pending.popleft(), options)
-        while pending:
-            yield _settle(*pending.popleft(), options)
-    finally:
-        pool.close()
+    with WorkerPool(workers, parse_chunk, options, options.limits) as pool:
+        yield from pool.map(_parse_surviving, chunks)
 
 
-def _settle(chunk: Sequence[RawRecord], future: Future, options: ParseOptions):
-    try:
-        return chunk, future.result()
-    except BrokenProcessPool:
-        return chunk, _parse_one_by_one(chunk, options)
-
-
-def _parse_one_by_one(chunk: Sequence[RawRecord], options: ParseOptions) -> Parsed:
-    """Parse a chunk during which a worker died, to find the record that killed it."""
-    pool = _Pool(1)
+def _parse_surviving(parse: Callable[[Sequence[RawRecord]], Parsed], records: Sequence[RawRecord]) -> Parsed:
+    """Parse records, and without the one that makes `parse` fail should it fail."""
     kept, batches, rejected = [], [], []
-    for i, record in enumerate(chunk):
+    groups = deque([list(range(len(records)))])
+    while groups:
+        group = groups.popleft()
         try:
-            parsed = pool.submit([record], options).result()
-        except BrokenProcessPool:
-            message = f"the parser crashed or took longer than {options.timeout:g} s"
-            rejected.append((i, RecordError("parser_failure", type(record.payload).__name__, message)))
+            parsed = parse([records[i] for i in group])
+        except LostError as lost:
+            if lost.position == len(group) > 1:  # what is done with all at once: find out which one it is
+                groups.extendleft([i] for i in reversed(group))
+                continue
+            culprit = group.pop(min(lost.position, len(group) - 1))
+            kind = type(records[culprit].payload).__name__
+            rejected.append((culprit, RecordError(lost.reason, kind, lost.message)))
+            groups.appendleft(group)
             continue
-        kept += [i] * len(parsed.kept)
-        rejected += [(i, error) for _, error in parsed.rejected]
+        kept += [group[j] for j in parsed.kept]
+        rejected += [(group[j], error) for j, error in parsed.rejected]
         batches.append(parsed.batch)
-    pool.close()
-    empty = parse_chunk([], options).batch
-    return Parsed(kept, pa.concat_batches([empty, *batches]), rejected)
-
-
-class _Pool:
-    """A process pool that replaces itself when a worker has died."""
-
-    def __init__(self, workers: int):
-        self.workers = workers
-        self.context = get_context("forkserver")  # threads of this process (torch) forbid a plain fork
-        self.context.set_forkserver_preload([__name__])
-        self._start()
-
-    def _start(self) -> None:
-        self.executor = ProcessPoolExecutor(self.workers, self.context)
-
-    def submit(self, chunk: Sequence[RawRecord], options: ParseOptions) -> Future:
-        try:
-            return self.executor.submit(_parse_watched, chunk, options)
-        except BrokenProcessPool:
-            self.close()
-            self._start()
-            return self.executor.submit(_parse_watched, chunk, options)
-
-    def close(self) -> None:
-        self.executor.shutdown(cancel_futures=True)
-
-
-def _parse_watched(chunk: Sequence[RawRecord], options: ParseOptions) -> Parsed:
-    """Parse a chunk in a worker; should it hang, even inside a C library, the worker ends itself."""
-    with open(os.devnull, "w") as nowhere:
-        faulthandler.dump_traceback_later(options.timeout, exit=True, file=nowhere)
-        try:
-            return parse_chunk(chunk, options)
-        finally:
-            faulthandler.cancel_dump_traceback_later()
+    return Parsed(kept, pa.concat_batches(batches), sorted(rejected, key=lambda entry: entry[0]))

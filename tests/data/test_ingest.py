@@ -3,14 +3,12 @@
 import csv
 import io
 import json
-import os
-import time
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 from crystals import prototype_structures
+from culprits import Culprit, lost_over_all_of
 from pymatgen.core import Structure
 from rich.console import Console
 
@@ -19,6 +17,7 @@ from mgt_fast.data import CrystalDataset, DatasetError, PrepareError, prepare
 from mgt_fast.data.ingest import REJECTS
 from mgt_fast.data.parse import ParseOptions, parse_all, parse_chunk
 from mgt_fast.data.readers.base import Arrays, RawRecord
+from mgt_fast.data.workers import Limits, LostError
 
 CELL = [[4.0, 0.0, 0.0], [0.0, 4.0, 0.0], [0.0, 0.0, 4.0]]
 
@@ -44,7 +43,7 @@ def written(tmp_path, content, name="in.json"):
 
 def run(tmp_path, content, **options):
     """Prepare a JSON list; return the summary, the dataset and the rows of rejects.csv."""
-    options = {"workers": 1, "overwrite": True} | options
+    options = {"workers": 0, "overwrite": True} | options
     summary = prepare(written(tmp_path, content), tmp_path / "dataset", **options)
     rows = rejects_of(tmp_path / "dataset")
     assert summary.read == summary.stored + summary.rejected
@@ -168,7 +167,7 @@ def test_a_bad_frame_does_not_spoil_an_xyz_file(tmp_path):
     frames[1] = frames[1].replace("Na", "Zz")
     frames[2] = frames[2].replace("0 0\n", "0 q\n")
     path = written(tmp_path, "".join(frames) + "many\n", "frames.extxyz")
-    summary = prepare(path, tmp_path / "dataset", workers=1)
+    summary = prepare(path, tmp_path / "dataset", workers=0)
     assert (summary.read, summary.stored) == (5, 2)
     rows = rejects_of(tmp_path / "dataset")
     assert [(row["id"], row["reason"], row["value"]) for row in rows[::2]] == [
@@ -181,7 +180,7 @@ def test_a_bad_frame_does_not_spoil_an_xyz_file(tmp_path):
 
 def test_an_uneven_csv_row_is_one_bad_record(tmp_path):
     path = written(tmp_path, f'id,cif,gap\na,"{cif()}",1\nb\nc,"{cif()}",2\n', "in.csv")
-    summary = prepare(path, tmp_path / "dataset", workers=1)
+    summary = prepare(path, tmp_path / "dataset", workers=0)
     assert (summary.read, summary.stored) == (3, 2)
     assert "row 2" in rejects_of(tmp_path / "dataset")[0]["source"]
 
@@ -265,21 +264,21 @@ def test_a_split_column_gives_the_parts(tmp_path, monkeypatch):
     parts = ["train", "val", "test", "", "train", "validation"]
     rows = "".join(f'c{i},"{cif()}",{i},{part}\n' for i, part in enumerate(parts))
     path = written(tmp_path, "id,cif,gap,split\n" + rows, "in.csv")
-    summary = prepare(path, tmp_path / "column", workers=1)
+    summary = prepare(path, tmp_path / "column", workers=0)
     assert CrystalDataset.open(tmp_path / "column").split.tolist() == parts[:5]
     assert summary.notes == ["the column 'split' told the part of each crystal"]
     (row,) = rejects_of(tmp_path / "column")
     assert (row["id"], row["reason"], row["value"]) == ("c5", "unknown_split", "validation")
 
     split_file = written(tmp_path, {"test": ["c0"]}, "split.json")
-    summary = prepare(path, tmp_path / "file", split_file=split_file, workers=1)
+    summary = prepare(path, tmp_path / "file", split_file=split_file, workers=0)
     assert CrystalDataset.open(tmp_path / "file").split.tolist() == ["test", "", "", "", "", ""]
     assert summary.notes == ["not numbers, left out: split (train)"]
 
 
 def test_a_column_split_of_other_things_gives_no_parts(tmp_path):
     frame = '1\nLattice="4 0 0 0 4 0 0 0 4" split="1 2" energy=1\nNa 0 0 0\n'
-    summary = prepare(written(tmp_path, frame, "in.xyz"), tmp_path / "dataset", workers=1)
+    summary = prepare(written(tmp_path, frame, "in.xyz"), tmp_path / "dataset", workers=0)
     assert (summary.stored, summary.splits) == (1, {"": 1})
     assert summary.notes == ["not numbers, left out: split ([1 2])"]
 
@@ -323,8 +322,8 @@ def test_the_result_does_not_depend_on_the_number_of_workers(tmp_path):
     """600 records in three chunks, duplicates and faults among them, give the same bytes."""
     content = [*MANY, item("c3", gap=0.0), item("bad", cell=FLAT, gap=0.0), item("c0", gap=0.0)]
     path = written(tmp_path, content)
-    folders = [tmp_path / f"with-{workers}" for workers in (1, 2)]
-    for workers, folder in zip((1, 2), folders, strict=True):
+    folders = [tmp_path / f"with-{workers}" for workers in (0, 2)]
+    for workers, folder in zip((0, 2), folders, strict=True):
         summary = prepare(path, folder, workers=workers, shard_size=250)
         assert (summary.read, summary.stored) == (603, 600)
         assert summary.by_reason == {"duplicate_id": 2, "near_zero_volume": 1}
@@ -334,33 +333,46 @@ def test_the_result_does_not_depend_on_the_number_of_workers(tmp_path):
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
 
 
-@dataclass(frozen=True)
-class Killer:
-    """A payload that does to its worker what a crashing or hanging parser would."""
-
-    hang: bool
-
-    def crystal(self):
-        if self.hang:
-            time.sleep(60)
-        os._exit(1)
-
-
 SALT = Arrays([11, 17], [[0, 0, 0], [0.5, 0.5, 0.5]], CELL, cartesian=False)
 
 
-def test_records_that_kill_or_hang_their_worker_are_rejected():
-    payloads = [SALT, Killer(hang=False), SALT, SALT, Killer(hang=True), SALT]
+def test_records_that_ask_too_much_of_their_worker_are_rejected():
+    deaths = {
+        "crashes": ("parser_failure", "SIGSEGV"),
+        "sleeps": ("timeout", "more than 2 s"),
+        "computes": ("timeout", "more than 0.5 s of processor time"),
+        "hoards": ("out_of_memory", "MemoryError"),
+        "is killed": ("out_of_memory", "killed"),
+        "exits": ("parser_failure", "exit status 1"),
+    }
+    payloads = [payload for what in deaths for payload in (SALT, Culprit(what))]
     chunks = [
-        [RawRecord("s", f"{c}-{i}", payload) for i, payload in enumerate(payloads[c : c + 3])] for c in (0, 3)
+        [RawRecord("s", f"{c}-{i}", payload) for i, payload in enumerate(payloads[c : c + 6])] for c in (0, 6)
     ]
-    found = [parsed for _, parsed in parse_all(chunks, ParseOptions({}, timeout=2.0), workers=2)]
-    assert [parsed.kept for parsed in found] == [[0, 2], [0, 2]]
-    assert [[(i, error.reason) for i, error in parsed.rejected] for parsed in found] == [
-        [(1, "parser_failure")],
-        [(1, "parser_failure")],
-    ]
-    assert found[1].batch.column("id").to_pylist() == ["3-0", "3-2"]
+    options = ParseOptions({}, limits=Limits(seconds=0.5, stall=2.0))
+    found = [parsed for _, parsed in parse_all(chunks, options, workers=2)]
+    assert [parsed.kept for parsed in found] == [[0, 2, 4]] * 2
+    rejected = [entry for parsed in found for entry in parsed.rejected]
+    assert [i for i, _ in rejected] == [1, 3, 5] * 2
+    for (_, error), (reason, words) in zip(rejected, deaths.values(), strict=True):
+        assert (error.reason, error.value) == (reason, "Culprit")
+        assert words in error.message
+    assert found[1].batch.column("id").to_pylist() == ["6-0", "6-2", "6-4"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_record_of_which_all_together_die_is_found(monkeypatch, workers):
+    def fail_in_process(records, *_):
+        if any(record.id == "greedy" for record in records):
+            raise LostError(len(records), "timeout", "too long")
+        return parse_chunk(records, ParseOptions({}))
+
+    monkeypatch.setattr("mgt_fast.data.parse.parse_chunk", lost_over_all_of if workers else fail_in_process)
+    records = [RawRecord("s", name, SALT) for name in ("a", "b", "greedy", "c")]
+    ((_, parsed),) = parse_all([records], ParseOptions({}), workers)
+    assert parsed.kept == [0, 1, 3]
+    assert [(i, error.reason) for i, error in parsed.rejected] == [(2, "timeout")]
+    assert parsed.batch.column("id").to_pylist() == ["a", "b", "c"]
 
 
 def test_a_parser_that_raises_anything_is_a_rejected_record():
@@ -388,7 +400,7 @@ def test_output_is_replaced_only_on_request(tmp_path):
 
 def test_wrong_arguments(tmp_path):
     for options, message in [
-        ({"workers": 0}, "workers = 0; it must be at least 1"),
+        ({"workers": -1}, "workers = -1; it must be 0"),
         ({"require_target": "some"}, "choose one of any, all, none"),
         ({"shard_size": 0}, "shard_size = 0"),
         ({"split_file": tmp_path / "none.json"}, r"none\.json does not exist"),

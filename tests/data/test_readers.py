@@ -65,7 +65,7 @@ PYMATGEN = {
 
 def read(inputs, tmp_path, **options):
     """Prepare, check that every crystal is NaCl, and return (dataset, summary)."""
-    options = {"workers": 1, "overwrite": True} | options
+    options = {"workers": 0, "overwrite": True} | options
     summary = prepare(inputs, tmp_path / "dataset", **options)
     assert summary.rejected == 0, (tmp_path / "dataset" / "rejects.csv").read_text()
     assert summary.read == summary.stored
@@ -304,7 +304,7 @@ def test_a_malicious_pickle_executes_nothing(tmp_path, protocol):
     path = tmp_path / "cifs.pkl"
     path.write_bytes(pickle.dumps([("a", Bomb(tmp_path / "exploded"))], protocol=protocol))
     with pytest.raises(PrepareError, match=r"cifs.pkl is not read: UnpicklingError: it names .*mkdir"):
-        prepare(path, tmp_path / "dataset", workers=1)
+        prepare(path, tmp_path / "dataset", workers=0)
     assert not (tmp_path / "exploded").exists()
     pickle.loads(path.read_bytes())  # the bomb is live
     assert (tmp_path / "exploded").exists()
@@ -314,14 +314,14 @@ def test_a_pickle_of_nonsense_is_refused_clearly(tmp_path):
     path = tmp_path / "cifs.pkl"
     path.write_bytes(b"\x80\x04]\x8c\x01aK\x02s.")  # it sets an item of a list by a text: TypeError
     with pytest.raises(PrepareError, match=r"cifs\.pkl is not read: TypeError"):
-        prepare(path, tmp_path / "dataset", workers=1)
+        prepare(path, tmp_path / "dataset", workers=0)
 
 
 def test_what_a_pickle_may_hold(tmp_path):
     for content in ({"a": CIF}, np.float64(1.0)):
         (tmp_path / "cifs.pkl").write_bytes(pickle.dumps(content))
         with pytest.raises(PrepareError, match=r"cifs\.pkl"):
-            prepare(tmp_path / "cifs.pkl", tmp_path / "dataset", workers=1)
+            prepare(tmp_path / "cifs.pkl", tmp_path / "dataset", workers=0)
 
 
 def symmetric_cif(structure):
@@ -409,7 +409,7 @@ def test_an_unreadable_input_is_named(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(PrepareError, match=message):
-        prepare(tmp_path / name, tmp_path / "dataset", workers=1)
+        prepare(tmp_path / name, tmp_path / "dataset", workers=0)
     assert not (tmp_path / "dataset").exists()
 
 
@@ -434,7 +434,7 @@ def test_a_damaged_member_of_an_archive_is_one_record(tmp_path):
     path = zipped(tmp_path / "in.zip", {"a.cif": CIF, "b.cif": CIF.replace("NaCl", "Salt"), "c.cif": CIF})
     content = path.read_bytes()
     path.write_bytes(content.replace(b"data_Salt", b"data_Selt"))  # its checksum is wrong now
-    summary = prepare(path, tmp_path / "dataset", workers=1)
+    summary = prepare(path, tmp_path / "dataset", workers=0)
     assert (summary.read, summary.stored, summary.by_reason) == (3, 2, {"unreadable_file": 1})
 
 
@@ -453,7 +453,7 @@ def test_a_damaged_file_in_a_folder_does_not_stop_the_others(tmp_path):
     }
     for name, content in damaged.items():
         (folder / name).write_bytes(content)
-    summary = prepare(folder, tmp_path / "dataset", workers=1)
+    summary = prepare(folder, tmp_path / "dataset", workers=0)
     assert summary.read == summary.stored + summary.rejected
     assert set(CrystalDataset.open(tmp_path / "dataset").ids) == {"good", "last", "x"}
     assert summary.by_reason == {"unreadable_file": len(damaged)}
@@ -463,7 +463,7 @@ def test_a_damaged_file_in_a_folder_does_not_stop_the_others(tmp_path):
     assert all(source in message for source, message in rejects.items())
     for name in damaged:
         with pytest.raises(PrepareError, match=name):
-            prepare(folder / name, tmp_path / "named", workers=1)
+            prepare(folder / name, tmp_path / "named", workers=0)
 
 
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="third-party data is not here")
@@ -479,7 +479,7 @@ def test_a_damaged_file_in_a_folder_does_not_stop_the_others(tmp_path):
     ],
 )
 def test_third_party_data(tmp_path, name, count, target, first):
-    summary = prepare(SHARED_DATA / name, tmp_path / "dataset", targets=[target], workers=1)
+    summary = prepare(SHARED_DATA / name, tmp_path / "dataset", targets=[target], workers=0)
     assert (summary.read, summary.stored) == (count, count)
     dataset = CrystalDataset.open(tmp_path / "dataset")
     assert np.isfinite(dataset.targets[target]).all()
