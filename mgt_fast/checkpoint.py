@@ -1,14 +1,15 @@
 """Checkpoints: one safetensors file with weights, configuration, target scaling and a digest.
 
 The file's metadata holds one JSON text under "mgt_fast"; every safetensors reader can open it. It is
-written under another name and then moved into place, so a file under its own name is always whole.
+written under another name and then moved into place, so a file under its own name is always whole. Nothing
+in it is run, and it takes no more memory than its size.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+import math
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from .config import MGTConfig
+from .durable import replace_file
 from .model import MGT
 
 BEST, LAST = "best.safetensors", "last.safetensors"
@@ -61,6 +63,17 @@ class CheckpointMeta:
     metrics: dict[str, float] = field(default_factory=dict)
     version: str = field(default_factory=lambda: version("mgt-fast"))
 
+    def __post_init__(self):
+        if not (isinstance(self.max_neighbors, int) and self.max_neighbors >= 1):
+            raise ValueError(f"max_neighbors = {self.max_neighbors!r}; it must be a whole number from 1")
+        if self.compat not in (None, "comformer"):
+            raise ValueError(f"compat = {self.compat!r}; choose 'comformer' or None")
+        if not (math.isfinite(self.target_mean) and math.isfinite(self.target_std) and self.target_std > 0):
+            raise ValueError(
+                f"target_mean = {self.target_mean}, target_std = {self.target_std}; both must be finite and "
+                "the deviation greater than 0"
+            )
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CheckpointMeta:
         """Build from `dataclasses.asdict`'s form; unknown keys raise TypeError."""
@@ -73,20 +86,15 @@ class CheckpointMeta:
 
 
 def save_checkpoint(path: str | Path, model: torch.nn.Module, meta: CheckpointMeta) -> None:
-    """Write a model's parameters and buffers with `meta` to `path`, replacing it in one step."""
-    path = Path(path)
+    """Write a model's parameters and buffers with `meta` to `path`, replacing it in one step.
+
+    Raises:
+        OSError: if the disk is full or fails; an earlier file at `path` is whole then.
+    """
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     record = {"meta": asdict(meta)}
     record["sha256"] = _digest(state, record["meta"])
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(save(state, metadata={"format": "pt", _KEY: json.dumps(record)}))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_file(Path(path), save(state, metadata={"format": "pt", _KEY: json.dumps(record)}))
 
 
 def load_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], CheckpointMeta]:
@@ -96,7 +104,8 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], Checkpoi
         path: a .safetensors file, or a run folder, whose best checkpoint is taken.
 
     Raises:
-        CheckpointError: if there is none, it was not written by mgt-fast, or it is damaged.
+        CheckpointError: if there is none, it was not written by mgt-fast, it is damaged, or weights and
+            configuration do not fit each other.
     """
     path = Path(path)
     if path.is_dir():
@@ -109,7 +118,7 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], Checkpoi
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         hint = (
             "; use `mgt-fast import-checkpoint` for a published .pt" if path.suffix in (".pt", ".pth") else ""
         )
@@ -120,13 +129,15 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], Checkpoi
         record = json.loads(metadata[_KEY])
         meta, expected = CheckpointMeta.from_dict(record["meta"]), record["sha256"]
         found = _digest(state, record["meta"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: its metadata cannot be read by this version ({error})") from None
     if found != expected:
         raise CheckpointError(
-            f"{path} is damaged: its contents have SHA-256 {found[:16]}…, but {expected[:16]}… was recorded; "
-            "copy it again from its source"
+            f"{path} is damaged: its contents have SHA-256 {found[:16]}…, but {str(expected)[:16]}… was "
+            "recorded; copy it again from its source"
         )
+    if misfit := _misfit(state, meta.model):
+        raise CheckpointError(f"{path}: weights and configuration do not fit each other: {misfit}")
     return state, meta
 
 
@@ -134,14 +145,11 @@ def load_model(path: str | Path, backend: str = "auto", device: str | torch.devi
     """Build the network of a checkpoint, in eval mode, with its metadata as attribute `meta`.
 
     Raises:
-        CheckpointError: as `load_checkpoint`, or if weights and configuration do not fit each other.
+        CheckpointError: as `load_checkpoint`.
     """
     state, meta = load_checkpoint(path)
     model = MGT(meta.model, backend=backend)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise CheckpointError(f"{path}: weights and configuration do not fit each other: {error}") from None
+    model.load_state_dict(state)
     model.meta = meta
     return model.to(device).eval()
 
@@ -180,6 +188,35 @@ def transfer_weights(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> 
         raise CheckpointError("the checkpoint does not fit the network: " + "; ".join(faults[:5]) + more)
     model.load_state_dict({**own, **{name: state[name] for name in wanted}})
     return sorted(fresh), sorted(unused)
+
+
+def _misfit(state: dict[str, torch.Tensor], config: MGTConfig) -> str:
+    """Say in which weights a network of this configuration differs from a checkpoint's; "" if in none.
+
+    The network has no memory, whatever sizes the file asks for.
+    """
+    if not config.num_blocks <= len(state):  # each block has weights of its own
+        return f"num_blocks = {config.num_blocks}, but there are {len(state)} weights"
+    try:
+        with torch.device("meta"):
+            expected = MGT(config).state_dict()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        return f"there is no network of {config} ({error})"
+    faults = [f"{name} is missing" for name in sorted(expected.keys() - state.keys())]
+    faults += [f"{name} is not in the network" for name in sorted(state.keys() - expected.keys())]
+    faults += [
+        f"{name} is {_kind(state[name])}, {_kind(value)} in the network"
+        for name, value in expected.items()
+        if name in state and _kind(state[name]) != _kind(value)
+    ]
+    more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
+    return "; ".join(faults[:5]) + more
+
+
+def _kind(value: torch.Tensor) -> str:
+    """Describe a tensor's shape and whether it holds real, whole or complex numbers."""
+    numbers = "complex" if value.is_complex() else "real" if value.is_floating_point() else "whole"
+    return f"{tuple(value.shape)} of {numbers} numbers"
 
 
 def _modules(state: dict[str, torch.Tensor]) -> set[str]:

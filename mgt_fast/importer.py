@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import pickletools
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -15,6 +17,16 @@ from mgt_fast.config import MGTConfig
 UNUSED_MODULES = ("lemb", "lin_edge_len")
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 ATOM_FEATURES = 92  # length of a CGCNN element vector
+# What the pickle of a state_dict names; nothing among it allocates memory by its arguments.
+_NAMES = re.compile(
+    r"collections OrderedDict|torch (\w+Storage|Size|device|\w*\d+)"
+    r"|torch\._utils _rebuild_(tensor_v2|parameter)"
+)
+# What zipfile, pickletools and torch raise upon damaged files.
+_DAMAGES = (
+    *(pickle.UnpicklingError, zipfile.BadZipFile, EOFError, LookupError, TypeError, AttributeError),
+    *(RuntimeError, ValueError, ArithmeticError),
+)
 
 State = dict[str, torch.Tensor]
 
@@ -23,15 +35,17 @@ def load_published_checkpoint(path: str | Path) -> State:
     """Read the state_dict of a published .pt file, without running any code it may contain.
 
     The state may lie bare in the file or under "state_dict", "model_state_dict" or "model", and its names
-    may carry the "module." of DistributedDataParallel.
+    may carry the "module." of DistributedDataParallel. Reading takes no more memory than the file's size.
 
     Raises:
         ValueError: if the file is damaged or of another kind, holds Python objects beside tensors, or no
             state_dict.
     """
+    path = Path(path)
     try:
+        _check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, KeyError, RuntimeError, ValueError) as error:
+    except _DAMAGES as error:
         raise ValueError(
             f"{path} is damaged, or no file of plain tensors as torch.save writes it. Loading other Python "
             "objects could run code from it; where you trust it, load it yourself and save it again with "
@@ -43,14 +57,43 @@ def load_published_checkpoint(path: str | Path) -> State:
     others = [
         f"{name} ({type(value).__name__})" for name, value in state.items() if not torch.is_tensor(value)
     ]
-    if others or not state:
+    if others or not state or not all(isinstance(name, str) for name in state):
         raise ValueError(
             f"{path} holds no state_dict, neither bare nor under {', '.join(WRAPPERS)}; "
-            f"beside tensors it has: {', '.join(others) or 'nothing at all'}"
+            f"beside tensors it has: {', '.join(others)[:500] or 'nothing at all'}"
         )
+    size, largest = sum(value.nbytes for value in state.values()), path.stat().st_size
+    if size > largest:  # views that repeat the numbers of a small one
+        raise ValueError(f"{path} has {largest} bytes, but its tensors claim {size}")
     if all(name.startswith("module.") for name in state):
         return {name.removeprefix("module."): value for name, value in state.items()}
     return dict(state)
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse a file that is no plain archive of torch.save, before torch unpacks anything of it."""
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no regular file")
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        names = [entry.filename for entry in entries]
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError("its archive is compressed")
+        if len(set(names)) < len(names) or sum(entry.file_size for entry in entries) > path.stat().st_size:
+            raise ValueError("its archive holds an entry twice")
+        for name in names:
+            if name.endswith(".pkl"):
+                _check_names(archive.read(name))
+
+
+def _check_names(pickled: bytes) -> None:
+    """Refuse a pickle that names anything but the parts of tensors."""
+    for opcode, argument, _ in pickletools.genops(pickled):
+        named = opcode.name in ("GLOBAL", "INST") and argument
+        if named and not _NAMES.fullmatch(named):
+            raise ValueError(f"it names {named.replace(' ', '.')}")
+        if opcode.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
+            raise ValueError(f"it names objects as torch.save does not ({opcode.name})")
 
 
 def published_state_dict(state: Mapping[str, torch.Tensor]) -> tuple[State, list[str]]:
@@ -88,7 +131,7 @@ def config_from_state_dict(state: Mapping[str, torch.Tensor]) -> MGTConfig:
     if predicts:
         size_sources["expert_hidden"] = "mixture_of_experts.experts.0.expert1.weight"
         size_sources["output_dim"] = "mixture_of_experts.experts.0.expert2.weight"
-    missing = [name for name in size_sources.values() if name not in state]
+    missing = [name for name in size_sources.values() if name not in state or not state[name].dim()]
     if missing:
         raise ValueError(f"not a published MGT state_dict; sizes are read from what it lacks: {missing}")
     sizes = {size: state[name].shape[0] for size, name in size_sources.items()}

@@ -81,7 +81,7 @@ def _umask():
 def test_a_failed_write_leaves_the_old_file(saved, monkeypatch):
     path, _, meta = saved
     before = path.read_bytes()
-    monkeypatch.setattr("mgt_fast.checkpoint.os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         save_checkpoint(path, network(seed=1), meta)
     assert path.read_bytes() == before

@@ -100,7 +100,9 @@ def test_one_bad_crystal_does_not_stop_the_others(dataset):
 
 def test_a_non_finite_prediction_names_the_crystal():
     model = network()
-    model.meta = CheckpointMeta(model=model.config, max_neighbors=6, target_std=float("inf"))
+    model.meta = CheckpointMeta(model=model.config, max_neighbors=6)
+    with torch.no_grad():
+        model.so3_projection_encoder.fc.bias.fill_(torch.inf)
     with pytest.raises(ValueError, match="predictions are not finite for b"):
         predict_structures(model, salts(1), ids=["b"])
 
