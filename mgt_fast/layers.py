@@ -17,7 +17,7 @@ from torch import nn
 from .elements import cgcnn_features
 from .graph import CrystalGraph
 from .kernels.activations import softplus
-from .kernels.batch_norm import batch_norm
+from .kernels.batch_norm import BatchNorm, batch_norm
 from .kernels.edge_attention import edge_attention
 from .kernels.node_attention import node_attention
 from .kernels.rbf_embedding import rbf_embedding
@@ -152,8 +152,8 @@ class _Attention(nn.Module):
         self.key_update = _mlp(channels)
         self.lin_msg_update = _mlp(channels)
         self.lin_concate = nn.Linear(channels, channels)
-        self.bn_att = nn.BatchNorm1d(channels)
-        self.bn = nn.BatchNorm1d(channels)
+        self.bn_att = BatchNorm(channels)
+        self.bn = BatchNorm(channels)
 
 
 class EdgeWiseAttention(_Attention):
@@ -286,7 +286,7 @@ class EquivariantUpdate(nn.Module):
         self.node_linear = nn.Linear(channels, ns)
         self.nlayer_1 = _TensorProductLayer(channels, shape, ns + 3 * nv + 5 * nv)
         self.nlayer_2 = _TensorProductLayer(channels, shape, ns)
-        self.bn = nn.BatchNorm1d(ns)
+        self.bn = BatchNorm(ns)
         self.node_linear_2 = nn.Linear(ns, channels)
 
     def features(

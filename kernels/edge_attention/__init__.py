@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..batch_norm import BatchNorm
 from ..gated_attention import gated_attention
 from ..segments import Segments
 
@@ -22,7 +23,7 @@ def edge_attention(
     angle_w: torch.Tensor,
     key: nn.Linear,
     value: nn.Linear,
-    norm: nn.BatchNorm1d,
+    norm: BatchNorm,
     *,
     edge_rows: Segments | None = None,
     angle_rows: Segments | None = None,

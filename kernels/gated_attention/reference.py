@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from ..batch_norm import BatchNorm, Moments
 from ..precision import accumulator_dtype, compute_dtype
 from ..segment_sum import sum_rows
 from ..segments import Segments
@@ -47,7 +48,7 @@ def gated_attention(
     rows: Rows,
     key: nn.Linear,
     value: nn.Linear,
-    norm: nn.BatchNorm1d,
+    norm: BatchNorm,
 ) -> torch.Tensor:
     """Sum over an edge's M keys of v_m · sigmoid(BN(q · k_m / √C)); see the public function."""
     dtype = compute_dtype(x)
@@ -74,7 +75,8 @@ class _GatedAttention(torch.autograd.Function):
         scale, wide = channels**-0.5, accumulator_dtype(x.dtype)
         chunks = _chunks(num_edges, num_keys * channels, x.device)
         shared = None if rows.x is None else F.linear(x, weight)
-        room = num_edges if keep or norm.training else 0
+        moments = norm.known(wide)
+        room = num_edges if keep or moments is None else 0
         pre = x.new_empty(room if keep else 0, num_keys, 2 * channels)
         keys, values = x.new_empty(2, room, num_keys, channels)
         out = x.new_empty(num_edges, channels)
@@ -83,8 +85,8 @@ class _GatedAttention(torch.autograd.Function):
             gate = torch.addcmul(norm_b.to(wide), centred, slope).sigmoid_()
             torch.sum(gate.mul_(value), 1, dtype=out.dtype, out=out[edges])
 
-        if not norm.training:
-            mean, inv_std = norm.running_mean.to(wide), (norm.running_var.to(wide) + norm.eps).rsqrt()
+        if moments is not None:
+            mean, inv_std = moments.mean, (moments.var + norm.eps).rsqrt()
             slope = inv_std * norm_w
         count, batch_mean, square = 0, *torch.zeros(2, channels, dtype=wide, device=x.device)
         for edges in chunks:
@@ -104,7 +106,7 @@ class _GatedAttention(torch.autograd.Function):
             if room:
                 keys[edges], values[edges] = key, value
             product = key.to(wide) * (near_e[:, None, :channels].to(wide) * scale)
-            if not norm.training:
+            if moments is not None:
                 gate(edges, product.sub_(mean), value)
                 continue
             product = product[_counted(edges, rows)]
@@ -118,11 +120,10 @@ class _GatedAttention(torch.autograd.Function):
             square += delta.square_().mul_(count * new / (count + new))
             count += new
 
-        if norm.training:
-            mean, inv_std = batch_mean, (square / count + norm.eps).rsqrt()
+        if moments is None:
+            moments = norm.settle(Moments(count, batch_mean, square / max(count, 1)))
+            mean, inv_std = moments.mean, (moments.var + norm.eps).rsqrt()
             slope = inv_std * norm_w
-            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
-            norm.running_var.lerp_((square / (count - 1)).to(norm.running_var.dtype), norm.momentum)
             for edges in chunks:
                 gate(
                     edges,
@@ -133,7 +134,7 @@ class _GatedAttention(torch.autograd.Function):
             ctx.save_for_backward(
                 x, weight, near, far, pre, keys, values, key_w, value_w, norm_w, norm_b, mean, inv_std
             )
-            ctx.rows, ctx.training = rows, norm.training
+            ctx.rows, ctx.norm, ctx.training, ctx.total = rows, norm, norm.training, moments.count
         return out
 
     @staticmethod
@@ -156,14 +157,15 @@ class _GatedAttention(torch.autograd.Function):
             grad_norm = torch.addcmul(grad_value, grad_value, gate, value=-1).mul_(values[edges])
             return query, centred, grad_value, grad_norm
 
-        grad_norm_b, grad_slope = torch.zeros(2, channels, dtype=wide, device=x.device)
+        row_sums = torch.zeros(2, channels, dtype=wide, device=x.device)
+        grad_norm_b, grad_slope = row_sums
         if ctx.training:  # the statistics depend on every row, so the sums are needed first
             for edges in chunks:
                 _, centred, _, grad_norm = before_gate(edges)
                 grad_norm_b += grad_norm.sum((0, 1))
                 grad_slope += grad_norm.mul_(centred).sum((0, 1))
-            total = rows.num_counted * num_keys
-            shift, tilt = grad_norm_b / total, grad_slope * (inv_std.square() / total)
+            shift, tilt = ctx.norm.total(row_sums)
+            shift, tilt = shift / ctx.total, tilt * (inv_std.square() / ctx.total)
 
         grad_pre = torch.empty_like(pre)
         grad_x = torch.empty_like(x)

@@ -358,6 +358,7 @@ class _Launcher:
 
     def __init__(self, x, weight, near, near_index, far, far_index, *, forward):
         self.num_edges, self.num_keys, self.channels = x.shape
+        self.num_rows = self.num_edges * self.num_keys
         self.tile, self.in_registers = _tile(self.channels, x.dtype, x.device, forward=forward)
         tile = self.tile
         self.edges = tile.rows // self.num_keys
@@ -388,6 +389,15 @@ class _Launcher:
         """Room for what every tile adds up for itself."""
         return torch.empty(self.num_tiles, *shape, dtype=self.accumulator, device=self.inputs[0].device)
 
+    def pre(self, grad_near: torch.Tensor, grad_pre: torch.Tensor | None) -> torch.Tensor:
+        """Room for the gradients of the first layers' sums."""
+        return grad_near[:, self.channels :] if grad_pre is None else grad_pre
+
+    def backward_constants(self, grad_near: torch.Tensor, grad_pre: torch.Tensor | None) -> dict:
+        """Compile-time arguments of both backward kernels; elementwise steps take many arrays at once."""
+        stride = self.pre(grad_near, grad_pre).stride(0)
+        return {"PRE_STRIDE": stride, "BLOCK_E": min(self.channels, 32), "FOLD": self.fold}
+
     def merge(
         self, means: torch.Tensor, squares: torch.Tensor, num_counted: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -396,20 +406,21 @@ class _Launcher:
         edges = self.num_edges if num_counted is None else num_counted
         count = (edges - first).clamp(0, self.edges)[:, None].to(means.dtype) * self.num_keys
         total = edges * self.num_keys
+        total = max(total, 1) if num_counted is None else total.clamp(min=1)
         mean = (means * count).sum(0) / total
         return mean, (squares.sum(0) + ((means - mean).square() * count).sum(0)) / total
 
 
-def forward_keys(x, weight, near, near_index, far, far_index, key_w, key_b, training, num_counted):
-    """Return the keys (E, M, C) and, in training, mean and biased variance of the products, (C,) each."""
+def forward_keys(x, weight, near, near_index, far, far_index, key_w, key_b, statistics, num_counted):
+    """Return the keys (E, M, C) and, if wanted, mean and biased variance of the products, (C,) each."""
     run = _Launcher(x, weight, near, near_index, far, far_index, forward=True)
     keys = torch.empty_like(x)
-    means, squares = (run.partial(run.channels) if training else None for _ in range(2))
+    means, squares = (run.partial(run.channels) if statistics else None for _ in range(2))
     run(
         keys_kernel, *run.inputs, key_w, key_b, run.hiddens(), keys, means, squares, num_counted,
-        STATISTICS=training,
+        STATISTICS=statistics,
     )  # fmt: skip
-    return (keys, *run.merge(means, squares, num_counted)) if training else (keys, None, None)
+    return [keys, *run.merge(means, squares, num_counted)] if statistics else [keys]
 
 
 def forward_values(
@@ -425,58 +436,63 @@ def forward_values(
     return out.sum(1) if out.shape[1] > 1 else out.squeeze(1)
 
 
-def backward(
-    grad, x, weight, near, near_index, far, far_index,
-    key_w, value_w, value_b, keys, mean, inv_std, norm_w, norm_b, training, num_counted,
+def backward_values(
+    grad, grad_near, grad_pre, x, weight, near, near_index, far, far_index,
+    value_w, value_b, keys, mean, inv_std, norm_w, norm_b,
 ):  # fmt: skip
-    """Return the gradients, those of `near` and `far` still one row an edge.
+    """Gradients from the output to the value network, and the sums that those behind the norm need.
+
+    Args:
+        grad: gradient of the output, (E, C).
+        grad_near: room for the gradients of the near rows, (E, 3C), of which the value part is written.
+        grad_pre: room for those of the first layers' sums, (E·M, 2C), likewise; with M = 1 they are the near
+            rows' last 2C columns, and this is None.
 
     Returns:
-        x (E, M, C); weight (2C, C); near rows (E, 3C); far rows (E, M · 2C), which may be a view of the
-        former's columns; key_w, key_b, value_w, value_b, norm_w, norm_b.
+        Gradient of the norm's output, (E·M, C); that of value_w; sums over rows of the first, of the first
+        times the standardised product, and of the values' gradients, (3, C).
     """
     run = _Launcher(x, weight, near, near_index, far, far_index, forward=False)
-    rows, channels = run.num_edges * run.num_keys, run.channels
-    grad_norm, grad_value, hiddens = x.new_empty(3, rows, channels)
-    grad_near = x.new_empty(run.num_edges, 3 * channels)
-    grad_pre = x.new_empty(rows, 2 * channels) if run.num_keys > 1 else grad_near[:, channels:]
-    # Where the kernel does not sum over an edge's keys, the queries' gradients come one a row.
-    grad_query = grad_near if run.fold or run.num_keys == 1 else x.new_empty(rows, channels)
-    statistics = (mean, inv_std)
-    block_e = min(channels, 32)  # of the elementwise steps, which take many arrays at once
-    constants = {"PRE_STRIDE": grad_pre.stride(0), "BLOCK_E": block_e, "FOLD": run.fold}
-
-    sums = run.partial(3, channels)
+    grad_norm, grad_value, hiddens = (x.new_empty(run.num_rows, run.channels) for _ in range(3))
+    sums = run.partial(3, run.channels)
     run(
-        backward_values_kernel, grad, *run.inputs, value_w, value_b, keys, *statistics, norm_w, norm_b,
-        grad_norm, grad_value, hiddens, grad_pre, grad_near, sums, **constants,
+        backward_values_kernel, grad, *run.inputs, value_w, value_b, keys, mean, inv_std, norm_w, norm_b,
+        grad_norm, grad_value, hiddens, run.pre(grad_near, grad_pre), grad_near, sums,
+        **run.backward_constants(grad_near, grad_pre),
     )  # fmt: skip
-    grad_norm_b, grad_norm_w, grad_value_b = (total.clone() for total in sums.sum(0))
-    grad_value_w = grad_value.t() @ hiddens
+    return grad_norm, grad_value.t() @ hiddens, sums.sum(0)
 
-    scale = norm_w * inv_std
-    total = max(rows, 1) if num_counted is None else num_counted * run.num_keys
-    shift, slope = sums[:, :2].sum(0) / total if training else scale.new_zeros(2, channels)
-    sums = run.partial(channels)
+
+def backward_keys(
+    grad_norm, grad_near, grad_pre, x, weight, near, near_index, far, far_index,
+    key_w, keys, mean, inv_std, norm_w, averages, num_counted,
+):  # fmt: skip
+    """Complete `grad_near` and `grad_pre` in place and return the gradients of x, weight, key_w and key_b.
+
+    Args:
+        grad_norm, grad_near, grad_pre: from `backward_values`; the first is used up.
+        averages: the first two sums, over all rows that the statistics were taken over, by their number.
+    """
+    run = _Launcher(x, weight, near, near_index, far, far_index, forward=False)
+    constants = run.backward_constants(grad_near, grad_pre)
+    grad_pre = run.pre(grad_near, grad_pre)
+    # Where the kernel does not sum over an edge's keys, the queries' gradients come one a row.
+    apart = run.num_keys > 1 and not run.fold
+    grad_query = x.new_empty(run.num_rows, run.channels) if apart else grad_near
+    hiddens, sums = x.new_empty(run.num_rows, run.channels), run.partial(run.channels)
     run(
-        backward_keys_kernel, *run.inputs, key_w, keys, *statistics, scale, shift, slope,
+        backward_keys_kernel, *run.inputs, key_w, keys, mean, inv_std, norm_w * inv_std, *averages,
         grad_norm, hiddens, grad_pre, grad_query, grad_near, sums, num_counted,
         QUERY_STRIDE=grad_query.stride(0), **constants,
     )  # fmt: skip
-    if grad_query is not grad_near:
+    if apart:
         by_edge = (run.num_edges, run.num_keys, -1)
-        torch.sum(grad_query.view(by_edge), 1, out=grad_near[:, :channels])
-        torch.sum(grad_pre.view(by_edge), 1, out=grad_near[:, channels:])
+        torch.sum(grad_query.view(by_edge), 1, out=grad_near[:, : run.channels])
+        torch.sum(grad_pre.view(by_edge), 1, out=grad_near[:, run.channels :])
     grad_key = grad_norm  # the kernel has replaced one by the other
     return (
         (grad_pre @ weight).view_as(x),
-        grad_pre.t() @ x.view(rows, channels),
-        grad_near,
-        grad_pre.view(run.num_edges, -1) if run.num_keys > 1 else grad_pre,
+        grad_pre.t() @ x.view(run.num_rows, run.channels),
         grad_key.t() @ hiddens,
         sums.sum(0),
-        grad_value_w,
-        grad_value_b,
-        grad_norm_w,
-        grad_norm_b,
     )

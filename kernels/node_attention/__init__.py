@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..batch_norm import BatchNorm
 from ..gated_attention import gated_attention
 from ..segments import Segments, segment_sum
 
@@ -23,7 +24,7 @@ def node_attention(
     edge_w: torch.Tensor,
     key: nn.Linear,
     value: nn.Linear,
-    norm: nn.BatchNorm1d,
+    norm: BatchNorm,
     *,
     edge_rows: Segments | None = None,
     count: torch.Tensor | None = None,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch.autograd.function import once_differentiable
 
-from ..batch_norm import update_running
+from ..batch_norm import BatchNorm, Moments
 from ..precision import accumulator_dtype, compute_dtype
 from .reference import residual_norm as residual_norm_reference
 
@@ -15,7 +15,7 @@ __all__ = ["residual_norm"]
 def residual_norm(
     x: torch.Tensor,
     y: torch.Tensor,
-    norm: nn.BatchNorm1d,
+    norm: BatchNorm,
     *,
     count: torch.Tensor | None = None,
     backend: str = "torch",
@@ -29,22 +29,35 @@ def residual_norm(
     """
     if backend == "torch":
         return residual_norm_reference(x, y, norm, count)
+    norm.require_rows(y.shape[0])
     dtype = compute_dtype(x)
     wide = accumulator_dtype(dtype)
     x, y = x.to(dtype).contiguous(), y.to(dtype).contiguous()
-    if norm.training:
-        num_rows = y.shape[0]
-        if num_rows < 2:
-            raise ValueError(f"batch statistics need at least 2 rows, got {num_rows}")
-        # Statistics merge in any grouping: those of other processes' rows could join here.
-        _, mean, var = _merge_statistics(_partial_statistics(y.detach(), count))
-        norm.num_batches_tracked += 1
-        total = num_rows if count is None else count.to(wide)
-        update_running(norm, mean, var * (total / (total - 1)))
-    else:
-        mean, var = norm.running_mean.to(wide), norm.running_var.to(wide)
-    weight, bias = norm.weight.to(wide), norm.bias.to(wide)
-    return _residual_norm(x, y, mean, var, weight, bias, norm.training, norm.eps, count)
+    return _ResidualNorm.apply(x, y, norm.weight.to(wide), norm.bias.to(wide), count, norm)
+
+
+class _ResidualNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y, weight, bias, count, norm):
+        moments = norm.known(weight.dtype)
+        if moments is None:
+            _, mean, var = _merge_statistics(_partial_statistics(y, count))
+            moments = norm.settle(Moments(y.shape[0] if count is None else count, mean, var))
+        out = _forward(x, y, moments.mean, moments.var, weight, bias, norm.eps)
+        ctx.save_for_backward(out, y, moments.mean, moments.var, weight, count)
+        ctx.norm, ctx.training, ctx.total = norm, norm.training, moments.count
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        out, y, mean, var, weight, count = ctx.saved_tensors
+        grad_x, parts = _backward_sums(grad, out, y, mean, var, ctx.norm.eps)
+        sums = parts.sum(0)
+        averages = ctx.norm.total(sums) / ctx.total if ctx.training else None
+        grad_y = _backward_y(grad_x, y, mean, var, weight, averages, ctx.norm.eps, count)
+        grad_bias, grad_weight = sums
+        return grad_x, grad_y, grad_weight, grad_bias, None, None
 
 
 MAX_PARTS, ROWS_A_PART = 512, 64
@@ -52,7 +65,7 @@ MAX_PARTS, ROWS_A_PART = 512, 64
 
 def _num_parts(num_rows: int) -> int:
     """Programs that each sum over their own share of the rows: enough to keep a large GPU's memory busy."""
-    return min(-(-num_rows // ROWS_A_PART), MAX_PARTS)
+    return max(1, min(-(-num_rows // ROWS_A_PART), MAX_PARTS))
 
 
 @torch.library.custom_op("mgt_fast::partial_statistics", mutates_args=())
@@ -82,24 +95,22 @@ def _(parts):
 
 
 @torch.library.custom_op("mgt_fast::residual_norm", mutates_args=())
-def _residual_norm(
+def _forward(
     x: torch.Tensor,
     y: torch.Tensor,
     mean: torch.Tensor,
     var: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
-    training: bool,
     eps: float,
-    count: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """softplus(x + BatchNorm(y)); in training mean and var count as functions of y in the gradient."""
+    """softplus(x + BatchNorm(y)) by given moments."""
     from .triton import forward
 
     return forward(x, y, mean, var, weight, bias, eps)
 
 
-@_residual_norm.register_fake
+@_forward.register_fake
 def _(x, y, *_):
     return torch.empty_like(y)
 
@@ -139,22 +150,3 @@ def _backward_y(
 @_backward_y.register_fake
 def _(grad_x, y, *_):
     return torch.empty_like(y)
-
-
-def _setup_context(ctx, inputs, output):
-    _, y, mean, var, weight, _, ctx.training, ctx.eps, count = inputs
-    ctx.save_for_backward(output, y, mean, var, weight, count)
-
-
-def _backward(ctx, grad):
-    out, y, mean, var, weight, count = ctx.saved_tensors
-    grad_x, parts = _backward_sums(grad, out, y, mean, var, ctx.eps)
-    sums = parts.sum(0)
-    # As the statistics, these averages run over all rows, those of other processes included.
-    averages = sums / (y.shape[0] if count is None else count) if ctx.training else None
-    grad_y = _backward_y(grad_x, y, mean, var, weight, averages, ctx.eps, count)
-    grad_bias, grad_weight = sums
-    return grad_x, grad_y, None, None, grad_weight, grad_bias, None, None, None
-
-
-_residual_norm.register_autograd(_backward, setup_context=_setup_context)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mgt_fast.kernels.batch_norm import BatchNorm
 from mgt_fast.kernels.edge_attention import edge_attention
 from mgt_fast.kernels.node_attention import node_attention
 from mgt_fast.kernels.segments import Segments
@@ -32,7 +33,7 @@ class Problem:
         torch.manual_seed(num_rows)
         torch.set_default_dtype(torch.float64)
         self.key, self.value = nn.Linear(C, C), nn.Linear(C, C)
-        self.norm = nn.BatchNorm1d(C)
+        self.norm = BatchNorm(C)
         nn.init.normal_(self.norm.weight)
         self.rows = [Segments(torch.randint(num_groups, (num_rows,)), num_groups) for _ in range(2)]
         self.inputs = []

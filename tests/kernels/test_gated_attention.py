@@ -5,9 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mgt_fast.kernels.batch_norm import BatchNorm
 from mgt_fast.kernels.gated_attention import (
-    _gated_attention,
-    _gated_attention_backward,
+    _backward_keys,
+    _backward_values,
+    _keys,
+    _values,
     gated_attention,
     reference,
 )
@@ -26,7 +29,7 @@ class Problem:
     def __init__(self, num_edges, num_keys, *, shared=0, near=0, channels=C, dtype=torch.float64):
         torch.manual_seed(num_edges)
         like = {"dtype": torch.float64, "device": DEVICE}
-        modules = nn.Linear(channels, channels), nn.Linear(channels, channels), nn.BatchNorm1d(channels)
+        modules = nn.Linear(channels, channels), nn.Linear(channels, channels), BatchNorm(channels)
         self.key, self.value, self.norm = (module.to(**like) for module in modules)
         with torch.no_grad():
             for p in (self.norm.weight, self.norm.bias, self.norm.running_mean):
@@ -210,21 +213,23 @@ def test_channels_without_tiles_are_named():
         Problem(4, 1, channels=24).run(True, "triton")
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize(("near", "count"), [(0, None), (3, 5)])
-def test_registration(training, near, count):
-    problem = Problem(6, 2, near=near)
-    x, weight, near, far = problem.tensors
-    far_rows, near_rows = problem.far_rows, problem.near_rows
-    linear = [p for module in (problem.key, problem.value, problem.norm) for p in module.parameters()]
-    rows = (None,) * 3 if near_rows is None else (near_rows.index, near_rows.order, near_rows.ptr)
+@pytest.mark.parametrize(("num_keys", "near", "count", "statistics"), [(2, 0, None, True), (1, 3, 5, False)])
+def test_registration(num_keys, near, count, statistics):
+    problem = Problem(6, num_keys, near=near)
+    x, weight, near, far = (tensor.detach() for tensor in problem.tensors)
+    modules = (problem.key, problem.value, problem.norm)
+    key_w, key_b, value_w, value_b, norm_w, norm_b = (p.detach() for m in modules for p in m.parameters())
+    near_index = None if problem.near_rows is None else problem.near_rows.index
     count = None if count is None else torch.tensor(count, device=DEVICE)
-    rows = (near, *rows, far, far_rows.index, far_rows.order, far_rows.ptr, count)
-    statistics = (problem.norm.running_mean, problem.norm.running_var)
-    inputs = (x, weight, *rows, *linear, *statistics, training, 1e-5)
-    torch.library.opcheck(_gated_attention, inputs)
-    out, *saved = _gated_attention(*inputs)
-    key_w, _, *others = linear
-    inputs = (out, x, weight, *rows, key_w, *others, *saved, training, 1e-5)
-    inputs = [v.detach() if isinstance(v, torch.Tensor) else v for v in inputs]
-    torch.library.opcheck(_gated_attention_backward, inputs)
+    rows = (x, weight, near, near_index, far, problem.far_rows.index)
+    torch.library.opcheck(_keys, (*rows, key_w, key_b, statistics, count))
+    keys = _keys(*rows, key_w, key_b, statistics, count)[0]
+    normalising = (keys, problem.norm.running_mean, problem.norm.running_var.rsqrt(), norm_w, norm_b)
+    torch.library.opcheck(_values, (*rows, value_w, value_b, *normalising))
+    grad = _values(*rows, value_w, value_b, *normalising)
+    rooms = (x.new_zeros(6, 3 * C), x.new_zeros(6 * num_keys, 2 * C) if num_keys > 1 else None)
+    inputs = (grad, *rooms, *rows, value_w, value_b, *normalising)
+    torch.library.opcheck(_backward_values, inputs)
+    grad_norm, _, sums = _backward_values(*inputs)
+    statistics = (*normalising[:-1], sums[:2])
+    torch.library.opcheck(_backward_keys, (grad_norm, *rooms, *rows, key_w, *statistics, count))

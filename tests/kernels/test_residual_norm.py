@@ -2,9 +2,9 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 
 from mgt_fast.kernels import residual_norm as op
+from mgt_fast.kernels.batch_norm import BatchNorm
 from mgt_fast.kernels.launch import watch_launches
 from mgt_fast.kernels.residual_norm import residual_norm
 
@@ -19,7 +19,7 @@ def problem(num_rows, channels, dtype=torch.float64, training=True, offset=0.0):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     inputs = [(draw(num_rows, channels) + shift).to(DEVICE, dtype).requires_grad_() for shift in (0, offset)]
-    norm = nn.BatchNorm1d(channels, dtype=torch.float64)
+    norm = BatchNorm(channels, dtype=torch.float64)
     with torch.no_grad():
         for tensor in (norm.weight, norm.bias, norm.running_mean):
             tensor.copy_(draw(channels))
@@ -148,10 +148,9 @@ def test_opcheck(training, count):
     torch.library.opcheck(op._partial_statistics, (y.detach(), count))
     torch.library.opcheck(op._merge_statistics, (parts,))
     _, mean, var = op._merge_statistics(parts)
-    parameters = (norm.weight, norm.bias)
-    torch.library.opcheck(op._residual_norm, (x, y, mean, var, *parameters, training, norm.eps, count))
     out = residual_norm(x, y, norm, backend="triton").detach()
-    x, y = x.detach(), y.detach()
+    x, y, weight, bias = (tensor.detach() for tensor in (x, y, norm.weight, norm.bias))
+    torch.library.opcheck(op._forward, (x, y, mean, var, weight, bias, norm.eps))
     torch.library.opcheck(op._backward_sums, (x, out, y, mean, var, norm.eps))
     averages = torch.ones(2, 4, dtype=torch.float64, device=DEVICE) if training else None
     torch.library.opcheck(op._backward_y, (x, y, mean, var, norm.weight.detach(), averages, norm.eps, count))
