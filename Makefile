@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 
-.PHONY: demo test aot bench lint format clean
+.PHONY: demo test aot bench bench-full bench-check bench-history lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -18,9 +18,19 @@ test: $(VENV)/installed
 aot: $(VENV)/installed
 	$(BIN)/python tests/kernels/aot.py --channels 128 256 512 --precision float32 tf32 bf16
 
-bench: $(VENV)/installed
-	$(INSTALL) --no-build-isolation --editable ".[bench]"
+bench: $(VENV)/installed-bench
 	$(BIN)/python -m pytest -c bench/pytest.ini bench --benchmark-json bench/last.json
+
+# The long ones too: large sizes, growth, threads.
+bench-full: $(VENV)/installed-bench
+	$(BIN)/python -m pytest -c bench/pytest.ini bench -m "" --benchmark-json bench/last.json
+
+# Whether a fast path lost ground to its rival since it was recorded on this device.
+bench-check: $(VENV)/installed-bench
+	$(BIN)/python bench/check.py
+
+bench-history: $(VENV)/installed-bench
+	$(BIN)/python bench/history.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -43,6 +53,10 @@ $(VENV)/created:
 $(VENV)/installed: $(VENV)/created pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	$(INSTALL) scikit-build-core pybind11 cmake ninja
 	$(INSTALL) --no-build-isolation --editable ".[test]"
+	@touch $@
+
+$(VENV)/installed-bench: $(VENV)/installed
+	$(INSTALL) --no-build-isolation --editable ".[bench]"
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed

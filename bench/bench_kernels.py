@@ -1,19 +1,23 @@
 """Each operation alone, forward and backward: time, rate, bandwidth, and share of the nearer roof.
 
-The arguments are those of the largest call in a forward pass of the model on bundled crystals. Answers are
-compared with plain PyTorch in float64 on a smaller batch before anything is timed. `costs` counts operations
-and bytes; the roofs are measured in the same run. Backward passes are repeated on one kept forward pass.
+On a GPU the Triton kernels stand beside their torch backend, on a CPU the torch backend beside the
+operations as one would first write them (`plain`, e3nn). The arguments are those of the largest call in a
+forward pass of the model on bundled crystals. Answers are compared with plain PyTorch in float64 on a smaller
+batch before anything is timed. `costs` counts operations and bytes; the roofs are measured in the same run.
+Backward passes are repeated on one kept forward pass.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache, partial
 from unittest import mock
 
 import costs
+import pairs
+import plain
 import pytest
 import torch
 import torch.nn.functional as F
@@ -36,6 +40,7 @@ OPERATIONS = {
     "rbf_embedding": layers,
     "segment_sum": node_attention,
 }
+CPU_RIVALS = (Rival("torch"), Rival("plain"))
 RIVALS = (
     Rival("triton", "bf16"),
     Rival("triton", "tf32"),
@@ -46,6 +51,7 @@ RIVALS = (
 EQUIVARIANT_RIVALS = tuple(Rival(m, p) for m in ("e3nn", "cuequivariance") for p in ("float32", "bf16"))
 TOLERANCES = {"float32": 1e-3, "tf32": 1e-2, "bf16": 1e-1}
 ROUND_SECONDS = 0.2
+PAIR_SECONDS = 0.8
 ITERATIONS = 5 if torch.cuda.is_available() else 1  # calls a round: on a GPU the next is sent off meanwhile
 VANISHING = 1e-3  # a tensor so much smaller than the largest is compared with that share of it
 
@@ -65,6 +71,16 @@ class Case:
     def smoke(self) -> bool:
         return self.edges == self.check_edges
 
+    @property
+    def against(self) -> Case | None:
+        """The case that a fast path is compared with; None for a rival's."""
+        model, precision = self.rival.model, self.rival.precision
+        if torch.cuda.is_available():
+            slower = Rival("torch", "bf16" if precision == "bf16" else "float32")
+            return replace(self, rival=slower) if model == "triton" else None
+        slower = Rival("e3nn" if self.operation.startswith("tensor_product") else "plain")
+        return replace(self, rival=slower) if model == "torch" else None
+
     def __str__(self):
         return f"{self.operation}-{self.direction}-C{self.channels}-{self.edges}_edges-{self.rival}"
 
@@ -76,19 +92,31 @@ def cases(smoke: bool) -> list[Case]:
     elif torch.cuda.is_available():
         batches = [(256, 100_000, 1500), (128, 100_000, 1500), (512, 100_000, 1500)]
     else:
-        batches = [(256, 10_000, 1500)]
+        batches = [(256, 5_000, 1500)]
     return [
         Case(operation, direction, rival, *batch)
         for batch in batches
         for operation in OPERATIONS
-        for rival in RIVALS + EQUIVARIANT_RIVALS * operation.startswith("tensor_product")
+        for rival in rivals_of(operation, smoke)
         for direction in ("forward", "backward")
-        if torch.cuda.is_available() or (rival.precision == "float32" and (smoke or rival.model != "triton"))
     ]
 
 
+def rivals_of(operation: str, smoke: bool) -> list[Rival]:
+    """Who computes an operation here."""
+    equivariant = operation.startswith("tensor_product")
+    if torch.cuda.is_available():
+        return [*RIVALS, *EQUIVARIANT_RIVALS * equivariant]
+    triton = (Rival("triton"),) * smoke  # in the interpreter
+    if not equivariant:
+        return [*triton, *CPU_RIVALS]
+    return [*triton, CPU_RIVALS[0], *(rival for rival in EQUIVARIANT_RIVALS if rival.precision == "float32")]
+
+
 def pytest_generate_tests(metafunc):
-    metafunc.parametrize("case", cases(metafunc.config.getoption("smoke")), ids=str)
+    found = cases(metafunc.config.getoption("smoke"))
+    marked = [pytest.param(case, marks=[pytest.mark.fast] * (case.against is not None)) for case in found]
+    metafunc.parametrize("case", marked, ids=map(str, found))
 
 
 @lru_cache(maxsize=2)
@@ -147,7 +175,7 @@ class Call:
     """An operation on its recorded arguments, as a rival computes it."""
 
     def __init__(self, case: Case, rival: Rival, num_edges: int, *, exact: bool = False):
-        self.rival = rival
+        self.case, self.rival = case, rival
         recorded = recorded_calls(case.channels, num_edges)[case.operation]
         dtype = torch.bfloat16 if case.rival.precision == "bf16" else torch.float32
         self.args = fresh(recorded, dtype)
@@ -155,6 +183,8 @@ class Call:
             self.args = fresh(self.args, torch.float64)
         if rival.model in ("torch", "triton"):
             self.function = partial(getattr(OPERATIONS[case.operation], case.operation), backend=rival.model)
+        elif rival.model == "plain":
+            self.function = getattr(plain, case.operation)
         else:
             self.function = equivariant_product(rival.model, case.operation, self.args[5])
 
@@ -173,6 +203,10 @@ class Call:
         ]
         return lambda: torch.autograd.grad(outputs, inputs, grads, retain_graph=True)
 
+    def run(self) -> Callable:
+        """Return what is repeated in the case's direction."""
+        return self.forward if self.case.direction == "forward" else self.backward()
+
 
 def error(given: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
     """Largest relative error of a tensor: norm of the difference over norm."""
@@ -183,6 +217,7 @@ def error(given: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
     )
 
 
+@cache
 def check(case: Case) -> float:
     """Compare outputs and gradients with float64 and return the larger error."""
     exact = Call(case, Rival("torch"), case.check_edges, exact=True)
@@ -200,9 +235,12 @@ def bench_kernel(benchmark, case, ceilings):
     found = check(case)
     call = Call(case, case.rival, case.edges)
     with matmul_precision(case.rival.precision):
-        run = call.forward if case.direction == "forward" else call.backward()
+        run = call.run()
         rounds = 1 if case.smoke else affordable_rounds(run, ROUND_SECONDS)
         benchmark.pedantic(run, rounds=rounds, iterations=1 if case.smoke else ITERATIONS)
+        if case.against:
+            rival = partial(checked, case.against)
+            pairs.against(benchmark, f"bench_kernel[{case.against}]", run, rival, PAIR_SECONDS)
     if not benchmark.stats:  # nothing is timed with --benchmark-disable
         return
     seconds = benchmark.stats["median"]
@@ -221,6 +259,12 @@ def bench_kernel(benchmark, case, ceilings):
         "share": cost.floor(rate, bandwidth) / seconds,
         "error": found,
     }
+
+
+def checked(case: Case) -> Callable:
+    """Return what is repeated, once its answers have been compared."""
+    check(case)
+    return Call(case, case.rival, case.edges).run()
 
 
 def operation_cost(case: Case, call: Call) -> costs.Operation:

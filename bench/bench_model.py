@@ -3,7 +3,9 @@
 Every program starts from the same weights and must first give the right answers: its loss and gradient, or
 its predictions, may be off by at most `rivals.ERROR_RATIO` times the error of the uncompiled reference in the
 same precision, both measured against the reference in float64. On a GPU all sizes, widths and precisions are
-run, the most telling first; on a CPU both programs in float32 and bfloat16 at the published width.
+run, the most telling first; on a CPU both programs in float32 and bfloat16 at the published width. Every run
+of `MGT` has a reference of the same run to beat: on a CPU in the same precision, on a GPU in float32;
+compiled programs the compiled one.
 
 In the results beside the times: `bytes_per_edge` is the peak of a step above what network, optimiser state,
 gradients and graph take; `tflops` counts the operations of the merged algebra (`costs.model_flops`) whoever
@@ -13,10 +15,13 @@ computes, and `share` compares it with the measured rate of large bfloat16 produ
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
+import pairs
 import pytest
 import torch
 from costs import Sizes, model_flops
@@ -27,6 +32,7 @@ from rivals import (
     COMPILED_RIVALS,
     CPU_RIVALS,
     EAGER_RIVALS,
+    REFERENCE,
     TASKS,
     Rival,
     Runner,
@@ -34,6 +40,7 @@ from rivals import (
 )
 
 ROUND_SECONDS = 1.0  # about so long is a benchmark repeated
+PAIR_SECONDS = 10.0
 COMPILED: dict[tuple, tuple[Runner, dict[str, float]]] = {}
 
 
@@ -47,6 +54,16 @@ class Case:
     edges: int = 0
     crystals: int = 1
     smoke: bool = False
+    full: bool = False
+
+    @property
+    def against(self) -> Case | None:
+        """The case that a run of `MGT` is compared with; None for the reference's own."""
+        if self.rival.model == "reference":
+            return None
+        if torch.cuda.is_available() and not self.rival.compiled:
+            return replace(self, rival=REFERENCE)
+        return replace(self, rival=replace(self.rival, model="reference", captured=False))
 
     @property
     def batch(self) -> str:
@@ -64,7 +81,7 @@ class Case:
 
 def cases(smoke: bool) -> list[Case]:
     """What is run here, in order of value."""
-    rivals = EAGER_RIVALS + COMPILED_RIVALS
+    rivals, full = EAGER_RIVALS + COMPILED_RIVALS, []
     if smoke:
         sizes = [("training step", 16, 20, 1)]
         if not torch.cuda.is_available():
@@ -85,17 +102,25 @@ def cases(smoke: bool) -> list[Case]:
             ("training step", 512, 1_000_000, 1),
         ]
     else:
-        sizes, rivals = [(work, 256, 10_000, 1) for work in TASKS], CPU_RIVALS
+        sizes = [("training step", 256, 4_000, 1), ("prediction", 256, 4_000, 1)]
+        full, rivals = [(work, 256, 10_000, 1) for work in TASKS], CPU_RIVALS
     captured = torch.cuda.is_available() and not smoke
     return [
-        Case(work, channels, rival, edges, crystals, smoke)
-        for work, channels, edges, crystals in sizes
+        Case(work, channels, rival, edges, crystals, smoke, (work, channels, edges, crystals) in full)
+        for work, channels, edges, crystals in sizes + full
         for rival in (*rivals, *(CAPTURED_RIVALS if captured and work == "fine-tuning step" else ()))
     ]
 
 
 def pytest_generate_tests(metafunc):
-    metafunc.parametrize("case", cases(metafunc.config.getoption("smoke")), ids=str)
+    found = cases(metafunc.config.getoption("smoke"))
+    marked = [
+        pytest.param(
+            case, marks=[pytest.mark.fast] * (case.against is not None) + [pytest.mark.full] * case.full
+        )
+        for case in found
+    ]
+    metafunc.parametrize("case", marked, ids=map(str, found))
 
 
 def runner_of(case: Case) -> tuple[Runner, dict[str, float]]:
@@ -145,6 +170,12 @@ def resident(entry: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(entry))
 
 
+def checked_step(case: Case) -> Callable:
+    """Return a case's step, once its answers have been compared."""
+    runner, _ = runner_of(case)
+    return runner.step(real_graph(case.edges, case.crystals))
+
+
 @pytest.mark.benchmark(timer=clock)
 def bench_model(benchmark, case, ceilings):
     benchmark.group = case.group
@@ -154,6 +185,14 @@ def bench_model(benchmark, case, ceilings):
         memory = bytes_per_edge(case, runner)
         step = runner.step(graph)
         benchmark.pedantic(step, rounds=1 if case.smoke else affordable_rounds(step, ROUND_SECONDS))
+        if case.against:
+            pairs.against(
+                benchmark,
+                f"bench_model[{case.against}]",
+                step,
+                partial(checked_step, case.against),
+                PAIR_SECONDS,
+            )
     if not benchmark.stats:  # nothing is timed with --benchmark-disable
         return
     seconds = benchmark.stats["median"]

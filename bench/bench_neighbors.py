@@ -13,10 +13,11 @@ from __future__ import annotations
 import csv
 import gzip
 import os
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
+import pairs
 import pytest
 import torch
 from pymatgen.analysis.prototypes import AFLOW_PROTOTYPE_LIBRARY
@@ -26,13 +27,15 @@ from pymatgen.optimization.neighbors import find_points_in_spheres
 from mgt_fast import CrystalBatch, build_graph, neighbor_list
 from mgt_fast.data import CrystalDataset
 
+FULL = pytest.mark.full
 NUM_CRYSTALS = 256
+PAIR_SECONDS = 1.0
 SMALL = 63  # atoms
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 # ComFormer's published builder, mean milliseconds a crystal for k = 25, on one core of an AMD EPYC 9004.
 COMFORMER_MS = {"carbon_24": 8.2, "perov_5": 9.5, "prototypes": 51.0}
-SETS = ("bundled", "prototypes", "carbon_24", "perov_5")
+SETS = ("bundled", "prototypes", *(pytest.param(name, marks=FULL) for name in ("carbon_24", "perov_5")))
 
 
 @lru_cache(maxsize=len(SETS))
@@ -153,46 +156,65 @@ def nvalchemi(crystals, cutoff):
     return find, distances
 
 
-def measure(benchmark, rival, crystals, cutoff, **options):
-    """Compare what a rival finds with what we find, then time it."""
-    expected = ours(crystals, cutoff)
-    expected = np.sort(expected[1](expected[0]()))
-    find, distances = rival(crystals, cutoff, **options)
-    np.testing.assert_allclose(np.sort(distances(find())), expected, atol=1e-6)
+def measure(benchmark, rival, crystals, cutoff, *, against=None, **options):
+    """Compare what a rival finds with what we find, then time it; ours also in turns with `against`."""
+    find = checked(rival, crystals, cutoff, **options)
     benchmark(find)
     if benchmark.stats:
+        expected = ours(crystals, cutoff)[0]().edge_vec.shape[0]
         seconds = benchmark.stats.stats.median
-        benchmark.extra_info["pairs"] = len(expected)
-        benchmark.extra_info["ns_a_pair"] = round(1e9 * seconds / len(expected), 2)
+        benchmark.extra_info["pairs"] = expected
+        benchmark.extra_info["ns_a_pair"] = round(1e9 * seconds / expected, 2)
         benchmark.extra_info["us_a_crystal"] = round(1e6 * seconds / len(crystals), 2)
+    if against and rival is ours:
+        name = benchmark.name.replace("ours", named(against))
+        pairs.against(benchmark, name, find, partial(checked, against, crystals, cutoff), PAIR_SECONDS)
+
+
+def checked(rival, crystals, cutoff, **options):
+    """Return a rival's function that finds the pairs, once its answers have been compared with ours."""
+    search, lengths = ours(crystals, cutoff)
+    expected = np.sort(lengths(search()))
+    find, distances = rival(crystals, cutoff, **options)
+    np.testing.assert_allclose(np.sort(distances(find())), expected, atol=1e-6)
+    return find
 
 
 def named(function):
     return function.__name__
 
 
-@pytest.mark.parametrize("rival", [ours, pymatgen, vesin, matscipy, nvalchemi], ids=named)
-@pytest.mark.parametrize("cutoff", [4.0, 6.0, 8.0, 12.0])
+FAST = pytest.param(ours, marks=pytest.mark.fast)
+
+
+def full(*values):
+    """Parameters that `make bench` leaves out."""
+    return [pytest.param(value, marks=FULL) for value in values]
+
+
+@pytest.mark.parametrize("rival", [FAST, pymatgen, vesin, matscipy, nvalchemi], ids=named)
+@pytest.mark.parametrize("cutoff", [4.0, 6.0, *full(8.0, 12.0)])
 @pytest.mark.parametrize("name", SETS)
 def bench_small(benchmark, name, cutoff, rival):
     benchmark.group = f"pairs within {cutoff:g} Å, small crystals: {name}"
-    measure(benchmark, rival, small_crystals(name), cutoff)
+    measure(benchmark, rival, small_crystals(name), cutoff, against=pymatgen)
 
 
-@pytest.mark.parametrize("rival", [ours, pymatgen, vesin, matscipy], ids=named)
-@pytest.mark.parametrize("repeats", [4, 6, 8])
+@pytest.mark.parametrize("rival", [FAST, pymatgen, vesin, matscipy], ids=named)
+@pytest.mark.parametrize("repeats", [*full(4, 6), 8])
 def bench_medium(benchmark, repeats, rival):
     benchmark.group = f"pairs within 6 Å, {8 * repeats**3} atoms"
-    measure(benchmark, rival, silicon(repeats), 6.0)
+    measure(benchmark, rival, silicon(repeats), 6.0, against=matscipy)
 
 
-@pytest.mark.parametrize("rival", [ours, vesin, vesin_sorted, matscipy], ids=named)
-@pytest.mark.parametrize("repeats", [16, 24])
+@pytest.mark.parametrize("rival", [FAST, vesin, vesin_sorted, matscipy], ids=named)
+@pytest.mark.parametrize("repeats", [16, *full(24)])
 def bench_large(benchmark, repeats, rival):
     benchmark.group = f"pairs within 6 Å, {8 * repeats**3} atoms"
-    measure(benchmark, rival, silicon(repeats), 6.0)
+    measure(benchmark, rival, silicon(repeats), 6.0, against=matscipy)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("compat", [None, "comformer"])
 @pytest.mark.parametrize("k", [12, 25])
 @pytest.mark.parametrize("name", SETS)
@@ -200,7 +222,8 @@ def bench_graph(benchmark, name, k, compat):
     """The whole graph; the published builder's time stands beside it as it was measured elsewhere."""
     crystals = small_crystals(name)
     benchmark.group = f"graph of {k} neighbours: {name}"
-    graph = benchmark(build_graph, crystals, max_neighbors=k, compat=compat, threads=1)
+    build = partial(build_graph, crystals, max_neighbors=k, compat=compat, threads=1)
+    graph = benchmark(build)
     assert (graph.row_ptr.diff() >= k).all()
     if benchmark.stats:
         milliseconds = 1e3 * benchmark.stats.stats.median / len(crystals)
@@ -208,12 +231,15 @@ def bench_graph(benchmark, name, k, compat):
         if k == 25 and name in COMFORMER_MS:
             benchmark.extra_info["comformer_ms_a_crystal"] = COMFORMER_MS[name]
             benchmark.extra_info["times_comformer"] = round(COMFORMER_MS[name] / milliseconds)
+    rival = partial(checked, pymatgen, crystals, 4.0)
+    pairs.against(benchmark, f"bench_graph_pairs[{name}-{k}]", build, rival, PAIR_SECONDS)
 
 
+@pytest.mark.parametrize("k", [12, 25])
 @pytest.mark.parametrize("name", SETS)
-def bench_graph_pairs(benchmark, name):
+def bench_graph_pairs(benchmark, name, k):
     """What any graph builder on top of pymatgen's search pays at least: the pairs within 4 Å."""
-    benchmark.group = f"graph of 25 neighbours: {name}"
+    benchmark.group = f"graph of {k} neighbours: {name}"
     measure(benchmark, pymatgen, small_crystals(name), 4.0)
 
 
@@ -228,14 +254,16 @@ def skewed(crystals: CrystalBatch) -> CrystalBatch:
     )
 
 
-@pytest.mark.parametrize("rival", [ours, pymatgen, vesin, matscipy], ids=named)
-@pytest.mark.parametrize("described", ["as given", "skewed"])
+@pytest.mark.parametrize("rival", [FAST, pymatgen, *full(vesin, matscipy)], ids=named)
+@pytest.mark.parametrize("described", [*full("as given"), "skewed"])
 def bench_skewed(benchmark, described, rival):
     benchmark.group = "pairs within 6 Å, cells skewed to an aspect of 100"
     crystals = small_crystals("bundled")
-    measure(benchmark, rival, skewed(crystals) if described == "skewed" else crystals, 6.0)
+    crystals = skewed(crystals) if described == "skewed" else crystals
+    measure(benchmark, rival, crystals, 6.0, against=pymatgen)
 
 
+@FULL
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("task", ["small crystals", "one large crystal", "graphs"])
 def bench_threads(benchmark, task, threads):
@@ -249,18 +277,21 @@ def bench_threads(benchmark, task, threads):
         measure(benchmark, ours, crystals, 8.0, threads=threads)
 
 
+@FULL
 @pytest.mark.parametrize("repeats", [1, 2, 4, 8, 16, 24])
 def bench_growth_with_atoms(benchmark, repeats):
     benchmark.group = "growth with atoms, 6 Å"
     measure(benchmark, ours, silicon(repeats), 6.0)
 
 
+@FULL
 @pytest.mark.parametrize("cutoff", [3.0, 4.0, 6.0, 8.0, 12.0, 16.0])
 def bench_growth_with_cutoff(benchmark, cutoff):
     benchmark.group = "growth with cutoff, bundled crystals"
     measure(benchmark, ours, small_crystals("bundled"), cutoff)
 
 
+@FULL
 @pytest.mark.parametrize("batch", [1, 4, 16, 64, 256])
 def bench_growth_with_batch(benchmark, batch):
     benchmark.group = "growth with batch, bundled crystals, 6 Å"

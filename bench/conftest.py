@@ -1,8 +1,9 @@
 """Options and hooks of the benchmarks.
 
-`--smoke` takes tiny sizes, to see that everything runs; `--seconds` starts no benchmark after so many. A
-benchmark without a figure (out of memory, out of time, failed) is listed under "unmeasured" in the results,
-with the reason.
+`--smoke` takes tiny sizes, to see that everything runs; `--seconds` starts no benchmark after so many. The
+mark `fast` stands on fast paths, each of which names its rival (`pairs.against`), `full` on what `make bench`
+leaves out because it takes long. A benchmark without a figure (out of memory, out of time, failed) is listed
+under "unmeasured" in the results, with the reason.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ def pytest_runtest_makereport(item, call):
     meant_elsewhere = call.when == "setup" and report.skipped
     if call.excinfo is not None and not meant_elsewhere:
         reason = str(call.excinfo.value).partition("\n")[0] or call.excinfo.typename
-        item.config.stash[UNMEASURED].append({"name": item.nodeid.rpartition("/")[2], "reason": reason[:300]})
+        fast = item.get_closest_marker("fast") is not None and not report.skipped
+        failure = {"name": item.nodeid.rpartition("/")[2], "reason": reason[:300], "fast": fast}
+        item.config.stash[UNMEASURED].append(failure)
     return report
 
 
@@ -65,6 +68,13 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
         "smoke": config.getoption("smoke"),
     }
     output_json["unmeasured"] = config.stash[UNMEASURED]
+
+
+@pytest.fixture(autouse=True)
+def _scope(request, benchmark):
+    """Note in the results which benchmarks `make bench` leaves out."""
+    if request.node.get_closest_marker("full"):
+        benchmark.extra_info["full"] = True
 
 
 @pytest.fixture(scope="session")

@@ -111,6 +111,46 @@ def test_tiny_sizes_do_not_join_the_results(bench, tmp_path):
         record.record(run_file(tmp_path / "1.json", smoke=True))
 
 
+def test_every_commit_keeps_its_figures(bench, tmp_path, capsys):
+    record, history = bench("record"), bench("history")
+    name, rival = "bench_kernels.py::bench_kernel[ours]", "bench_kernels.py::bench_kernel[plain]"
+
+    def measured(commit, day, seconds):
+        path = run_file(tmp_path / "run.json", name=name, median=seconds)
+        run = json.loads(path.read_text()) | {"datetime": f"2026-01-{day}T03:04:05"}
+        run["benchmarks"][0]["extra_info"]["against"] = rival
+        run["benchmarks"].append(run["benchmarks"][0] | {"fullname": rival, "extra_info": {}})
+        run["benchmarks"][1]["stats"] = {"median": 1.0, "iqr": 0.0, "rounds": 5}
+        path.write_text(json.dumps(run))
+        return record.record(path, tmp_path, commit)
+
+    # Named so that their files sort the other way round.
+    measured("zzz", "02", 0.5)
+    path = measured("aaa", "03", 0.1)
+    assert json.loads(path.read_text())[name]["ratio"] == 10.0
+    history.main(["--folder", str(tmp_path / "history"), "--output", str(tmp_path)])
+    text = (tmp_path / "a-gpu-9000-history.md").read_text()
+    assert "| | 2026-01-02 03:04<br>`zzz` | 2026-01-03 03:04<br>`aaa` |" in text
+    assert "| bench_kernel[ours] | 2.00 | 10.00 |" in text
+    assert text in capsys.readouterr().out
+    assert (tmp_path / "a-gpu-9000-history.png").stat().st_size > 1000
+
+    measured("aaa", "03", 0.2)  # the same commit measured again
+    text = history.render(tmp_path / "history" / "a-gpu-9000", tmp_path)
+    assert "| bench_kernel[ours] | 2.00 | 5.00 |" in text
+
+    record.forget(path, [rival])
+    assert set(json.loads(path.read_text())) == {"ceilings", name}
+    with pytest.raises(ValueError, match="does not hold"):
+        record.forget(path, [rival])
+
+
+def test_a_device_without_history_is_named(bench, tmp_path):
+    (tmp_path / "a-gpu").mkdir()
+    with pytest.raises(ValueError, match=r"no history of 'a-cpu'; recorded devices: a-gpu"):
+        bench("history").load(tmp_path / "a-cpu")
+
+
 def test_roofline_of_a_record(bench, tmp_path, capsys):
     path = bench("record").record(run_file(tmp_path / "run.json"), tmp_path)
     bench("roofline").main([str(path), "--output", str(tmp_path)])
