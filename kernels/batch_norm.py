@@ -11,8 +11,7 @@ Every BatchNorm of the network goes through the same three steps, whatever compu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -66,8 +65,8 @@ class BatchNorm(nn.BatchNorm1d):
 
     @property
     def replays(self) -> bool:
-        """Whether this is a second computation, which must not move the running statistics again."""
-        return self.tape is not None and self.tape.replaying
+        """Whether this is a second computation in training, which must not move running statistics again."""
+        return self.training and self.tape is not None and self.tape.replays
 
     @torch.no_grad()
     def settle(self, own: Moments) -> Moments:
@@ -104,26 +103,31 @@ class Tape:
     """The moments that a layer's norms found, for when the layer is computed again in the backward pass.
 
     Args:
-        layer: computed once under `running(replay=False)`, and then, any number of times, under
-            `running(replay=True)`.
+        layer: computed once within `recording`, and then, any number of times, within `replaying`.
     """
 
     def __init__(self, layer: nn.Module):
         self.norms = [module for module in layer.modules() if isinstance(module, BatchNorm)]
         self.moments: dict[BatchNorm, Moments] = {}
-        self.replaying = False
+        self.replays = False
+        self.recording, self.replaying = _Running(self, replays=False), _Running(self, replays=True)
 
-    @contextmanager
-    def running(self, *, replay: bool) -> Iterator[None]:
-        """Record what the norms find, or let them use it."""
-        self.replaying = replay
-        for norm in self.norms:
-            norm.tape = self
-        try:
-            yield
-        finally:
-            for norm in self.norms:
-                norm.tape = None
+
+@dataclass(frozen=True)
+class _Running:
+    """Context in which norms write on a tape, or read from it; it may be entered again."""
+
+    tape: Tape
+    replays: bool
+
+    def __enter__(self):
+        self.tape.replays = self.replays
+        for norm in self.tape.norms:
+            norm.tape = self.tape
+
+    def __exit__(self, *_):
+        for norm in self.tape.norms:
+            norm.tape = None
 
 
 def batch_norm(y: torch.Tensor, norm: BatchNorm, count: torch.Tensor | None = None) -> torch.Tensor:

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from .elements import cgcnn_features
 from .graph import CrystalGraph
 from .kernels.activations import softplus
-from .kernels.batch_norm import BatchNorm, batch_norm
+from .kernels.batch_norm import BatchNorm, Tape, batch_norm
 from .kernels.edge_attention import edge_attention
 from .kernels.node_attention import node_attention
 from .kernels.rbf_embedding import rbf_embedding
@@ -32,11 +33,13 @@ class GraphIndex:
     Args:
         graph: the crystals.
         backend: "torch" or "triton".
+        recompute: whether layers keep their inputs alone for the backward pass; see `run_layer`.
     """
 
-    def __init__(self, graph: CrystalGraph, backend: str = "torch"):
+    def __init__(self, graph: CrystalGraph, backend: str = "torch", recompute: bool = False):
         self.graph = graph
         self.backend = backend
+        self.recompute = recompute
 
     @property
     def num_real_atoms(self) -> torch.Tensor | None:
@@ -70,6 +73,25 @@ class GraphIndex:
         edge_ptr = self.graph.row_ptr[self.graph.batch_ptr]
         index = self.graph.batch[self.graph.edge_index[0]]
         return Segments(index, self.graph.num_crystals, edge_ptr)
+
+
+def run_layer(layer: nn.Module, *inputs, index: GraphIndex):
+    """Return layer(*inputs, index).
+
+    With `index.recompute` the layer keeps its inputs and its norms' statistics for the backward pass and is
+    computed again there: the same gradients, bit for bit where the layer repeats itself, with less memory.
+    """
+    if not (index.recompute and torch.is_grad_enabled()):
+        return layer(*inputs, index)
+    tape = Tape(layer)
+    return checkpoint(
+        layer,
+        *inputs,
+        index,
+        use_reentrant=False,
+        preserve_rng_state=False,  # no layer draws
+        context_fn=lambda: (tape.recording, tape.replaying),
+    )
 
 
 class AtomEmbedding(nn.Linear):

@@ -26,6 +26,7 @@ from .layers import (
     GraphIndex,
     NodeWiseAttention,
     RBFEmbedding,
+    run_layer,
 )
 from .outputs import EdgeNoise, MGTOutput
 
@@ -68,8 +69,8 @@ class SE3Encoder(nn.Module):
         angle = self.angle_embedding(cosines.flatten(), backend)  # E·3 rows
         frame = self.edge_embedding(frame_lengths.flatten(), backend).expand().unflatten(0, (-1, 3))
         for edge_wise, node_wise in zip(self.edges_layer, self.atoms_layer, strict=True):
-            edge = SharedRows(edge_wise(edge, angle, frame, index))
-            node = node_wise(node, edge, index)
+            edge = SharedRows(run_layer(edge_wise, edge, angle, frame, index=index))
+            node = run_layer(node_wise, node, edge, index=index)
         return Encoding(segment_mean(node, index.crystal, backend=backend), node, edge, angle)
 
 
@@ -91,8 +92,8 @@ class SO3Encoder(nn.Module):
         node = self.atom_embedding(graph.numbers)
         edge = self.edge_embedding(inverse_length(edge_vec, backend=index.backend), index.backend)
         for equivariant, node_wise in zip(self.equi_update, self.transconv, strict=True):
-            node, vectors = equivariant(node, edge, edge_vec, index)
-            node = node_wise(node, edge, index)
+            node, vectors = run_layer(equivariant, node, edge, edge_vec, index=index)
+            node = run_layer(node_wise, node, edge, index=index)
         return Encoding(segment_mean(node, index.crystal, backend=index.backend), node, edge, vectors)
 
 
@@ -256,6 +257,10 @@ class MGT(nn.Module):
         backend: "torch" (merged algebra in plain PyTorch, any device), "triton" (fused kernels, CUDA), or
             "auto": Triton where the parameters are on a CUDA device, PyTorch elsewhere.
 
+    Attributes:
+        recompute: whether each layer keeps its inputs alone for the backward pass and is computed again
+            there, which takes less memory and more time and changes nothing else.
+
     The parameters' names are the published program's, so its checkpoints load (`mgt-fast import-checkpoint`).
     """
 
@@ -263,6 +268,7 @@ class MGT(nn.Module):
         super().__init__()
         self.config = config = config or MGTConfig()
         self.backend = check_backend(backend)
+        self.recompute = False
         if config.views != "so3":
             self.se3_graph_encoder = SE3Encoder(config)
             self.se3_projection_encoder = ProjectionHead(config, view=0)
@@ -308,7 +314,7 @@ class MGT(nn.Module):
         if noise is not None:
             noise = EdgeNoise(cosine=noise.cosine.to(dtype), vector=noise.vector.to(dtype))
         backend = resolve_backend(self.backend, graph.numbers.device)
-        config, index, out = self.config, GraphIndex(graph, backend), {}
+        config, index, out = self.config, GraphIndex(graph, backend, self.recompute), {}
         if config.views != "so3":
             se3 = self.se3_graph_encoder(graph, index, None if noise is None else noise.cosine)
             out["se3_pool"], out["se3_proj"] = se3.pool, self.se3_projection_encoder(se3.pool, keys)
