@@ -25,9 +25,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mgt_fast.roofs import RBF_TERMS, Cost
+
 INDEX = 8  # bytes of an int64
 GEOMETRY = 4  # bytes of a coordinate, float32 in every precision
-RBF_TERMS = 13  # Gaussians that reach one number
 
 
 @dataclass(frozen=True)
@@ -42,27 +43,6 @@ class Sizes:
     num_vectors: int = 8
     num_blocks: int = 2
     itemsize: int = 2
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Floating-point operations and bytes."""
-
-    flops: float
-    bytes: float
-
-    @property
-    def intensity(self) -> float:
-        """FLOP per byte."""
-        return self.flops / self.bytes
-
-    def floor(self, flop_rate: float, bandwidth: float) -> float:
-        """Seconds it takes at least."""
-        return max(self.flops / flop_rate, self.bytes / bandwidth)
-
-    def roof(self, flop_rate: float, bandwidth: float) -> str:
-        """The nearer roof: "products" or "memory"."""
-        return "products" if self.flops / flop_rate > self.bytes / bandwidth else "memory"
 
 
 @dataclass(frozen=True)

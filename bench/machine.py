@@ -8,11 +8,12 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import torch
+
+from mgt_fast import roofs
+from mgt_fast.roofs import matmul_precision as matmul_precision
 
 PACKAGES = ("torch", "triton", "numpy", "e3nn", "cuequivariance-torch")
 
@@ -81,33 +82,7 @@ def median_time(run, rounds: int = 10, warmup: int = 3) -> float:
     return float(np.median(times))
 
 
-@contextmanager
-def matmul_precision(precision: str) -> Iterator[None]:
-    """Multiply float32 matrices in TF32 inside the block if `precision` is "tf32", else in float32."""
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision("highest")
-
-
 def measure_ceilings(size: int, num_bytes: int) -> dict[str, float]:
-    """Measure the two roofs, on random data (on zeros a GPU runs faster).
-
-    Args:
-        size: of the square matrices to be multiplied.
-        num_bytes: size of the array to be copied.
-
-    Returns:
-        "copy": bytes read and written a second; "float32", "bf16" and, on a GPU, "tf32": FLOP a second of a
-        matrix product.
-    """
-    source = torch.randn(num_bytes // 4, device=device())
-    target = torch.empty_like(source)
-    found = {"copy": 2 * source.nbytes / median_time(lambda: target.copy_(source))}
-    left, right = torch.randn(2, size, size, device=device())
-    for precision in ("float32", "bf16", "tf32") if torch.cuda.is_available() else ("float32", "bf16"):
-        a, b = (left.bfloat16(), right.bfloat16()) if precision == "bf16" else (left, right)
-        with matmul_precision(precision):
-            found[precision] = 2 * size**3 / median_time(lambda a=a, b=b: a @ b)
-    return found
+    """Measure this machine's roofs; see `mgt_fast.roofs.measure_ceilings`."""
+    precisions = ("float32", "bf16", "tf32") if torch.cuda.is_available() else ("float32", "bf16")
+    return roofs.measure_ceilings(device(), size, num_bytes, precisions)

@@ -10,7 +10,18 @@ SOURCES = sorted([*(ROOT / "mgt_fast").rglob("*.py"), *(ROOT / "kernels").rglob(
 
 # Lower layers first; a module may import only from its own layer or from below.
 LAYERS = [
-    {"kernels", "config", "structures", "outputs", "elements", "cuda_module", "durable", "profiling", "_C"},
+    {
+        "kernels",
+        "config",
+        "structures",
+        "outputs",
+        "elements",
+        "cuda_module",
+        "durable",
+        "profiling",
+        "roofs",
+        "_C",
+    },
     {"frames_cuda", "graph", "neighbors_cuda"},
     {"layers", "padding"},
     {"model", "losses", "importer", "data", "reference"},

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from mgt_fast import profiling
-from mgt_fast.profiling import recording, span
+from mgt_fast import MGT, MGTConfig, build_graph, profiling
+from mgt_fast.data import CrystalDataset
+from mgt_fast.profiling import layer_ranges, recording, span
 
 
 def ranges_of(prof):
@@ -72,3 +73,112 @@ def test_compiles_without_a_break(tool):
         return
     with recording(tool):
         assert compiled(torch.ones(2)).equal(torch.ones(2).sin())
+
+
+CONFIG = MGTConfig(task="pretrain", channels=16, num_scalars=8, num_vectors=2, num_blocks=1)
+LAYERS = (
+    "se3.atom_embedding",
+    "se3.edge_embedding",
+    "se3.angle_embedding",
+    "se3.edges_layer.0",
+    "se3.atoms_layer.0",
+    "so3.atom_embedding",
+    "so3.edge_embedding",
+    "so3.equi_update.0",
+    "so3.transconv.0",
+)
+
+
+@pytest.fixture(scope="module")
+def graph():
+    return build_graph(CrystalDataset.open(None).gather(range(4)))
+
+
+@pytest.fixture
+def annotations(monkeypatch):
+    """What NVTX is told: "+name" and "-name"."""
+    told = []
+
+    class Annotation:
+        def __init__(self, name, domain):
+            self.name = name
+
+        def __enter__(self):
+            told.append(f"+{self.name}")
+
+        def __exit__(self, *_):
+            told.append(f"-{self.name}")
+
+    monkeypatch.setattr("nvtx.annotate", Annotation)
+    return told
+
+
+def balanced(told):
+    """Whether ranges end in the reverse order of their beginnings."""
+    stack = []
+    for event in told:
+        if event[0] == "+":
+            stack.append(event[1:])
+        elif stack.pop() != event[1:]:
+            return False
+    return not stack
+
+
+def test_layers_have_ranges(graph, annotations):
+    model = MGT(CONFIG)
+    with recording("nvtx"), layer_ranges(model):
+        model(graph)
+    assert set(LAYERS) < {event[1:] for event in annotations}
+    assert balanced(annotations)
+    begun = len(annotations)
+    with recording("nvtx"):
+        model(graph)
+    assert len(annotations) == begun
+
+
+def test_layers_make_no_ranges_while_off(graph, monkeypatch):
+    made = []
+    monkeypatch.setattr(profiling, "_traced", made.append)
+    monkeypatch.setattr("nvtx.annotate", lambda *args, **kwargs: made.append(args))
+    model = MGT(CONFIG)
+    model(graph).so3_proj.sum().backward()
+    with layer_ranges(model, backward=True):
+        model(graph).so3_proj.sum().backward()
+    assert made == []
+
+
+def test_backward_passes_follow_one_another(graph, annotations):
+    model = MGT(CONFIG)
+    with recording("nvtx"), layer_ranges(model, backward=True):
+        out = model(graph)
+        forward = len(annotations)
+        with span("backward"):
+            (out.se3_proj.sum() + out.so3_proj.sum()).backward()
+    passes = annotations[forward:]
+    assert balanced(passes)
+    begun = [event[1:].removesuffix(" backward") for event in passes if event[0] == "+"]
+    assert begun.pop(0) == "backward"
+    assert set(LAYERS) < set(begun)
+    order = [begun.index(name) for name in ("so3.transconv.0", "so3.equi_update.0", "so3.edge_embedding")]
+    assert order == sorted(order)
+    assert begun.index("so3.edge_embedding") < begun.index("se3.atoms_layer.0")
+    # A second backward pass begins anew.
+    annotations.clear()
+    with recording("nvtx"), layer_ranges(model, backward=True):
+        model(graph).se3_proj.sum().backward()
+    assert balanced(annotations)
+
+
+def test_a_range_ends_where_a_layer_fails(graph, annotations):
+    model = MGT(CONFIG)
+    model.so3_graph_encoder.transconv[0].forward = lambda *_: 1 / 0
+    with recording("nvtx"), layer_ranges(model), pytest.raises(ZeroDivisionError):
+        model(graph)
+    assert balanced(annotations)
+
+
+def test_ranges_change_no_result(graph):
+    model = MGT(CONFIG).eval()
+    plain = model(graph).so3_proj
+    with recording("nvtx"), layer_ranges(model, backward=True):
+        assert model(graph).so3_proj.equal(plain)
