@@ -19,7 +19,7 @@ from rich.console import Console
 
 from .checkpoint import CheckpointMeta
 from .data import CrystalDataset
-from .data.ingest import CHUNK_SIZE, LONGEST_VALUE
+from .data.ingest import CHUNK_SIZE, LONGEST_VALUE, chunks
 from .data.parse import ParseOptions, parse_all
 from .data.readers.inputs import Inputs
 from .data.store import MANIFEST
@@ -340,11 +340,9 @@ def _predict_rows(model: MGT, dataset: CrystalDataset, sources: Sequence[str], b
 def _predict_files(model: MGT, inputs: Inputs, batch_size: int, workers: int | None) -> Iterator[_Result]:
     """Predict the records of files, some hundred at a time, while others are being read."""
     records = inputs.records()
-    size = max(batch_size, CHUNK_SIZE)
-    chunks = iter(lambda: list(itertools.islice(records, size)), [])
     options = ParseOptions(targets={}, require_target="none")
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
-    for chunk, parsed in parse_all(chunks, options, workers):
+    for chunk, parsed in parse_all(chunks(records, max(batch_size, CHUNK_SIZE)), options, workers):
         unread = [
             Reject(
                 chunk[i].source, chunk[i].id, fault.reason, str(fault.value)[:LONGEST_VALUE], fault.message

@@ -22,10 +22,20 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from .parse import REQUIREMENTS, Parsed, ParseOptions, parse_all
 from .readers.base import Faulty, PrepareError, RawRecord, RecordError, target_value
 from .readers.inputs import Inputs, read_text
-from .store import DEFAULT_SHARD_SIZE, SPLITS, DatasetWriter, Target, check_output
+from .store import (
+    DEFAULT_SHARD_SIZE,
+    SPLITS,
+    DatasetError,
+    DatasetWriter,
+    Target,
+    check_output,
+    dataset_schema,
+)
 
 REJECTS = "rejects.csv"
 CHUNK_SIZE = 256  # records a worker takes at a time
+CHUNK_TEXT = 2**22  # characters of text after which it gets no more
+MAX_TARGETS = 1000  # that are chosen without being named
 SAMPLE_SIZE = 1000  # records in which targets are looked for
 PLAIN_INTERVAL = 10.0  # seconds between progress lines where there is no terminal
 SPLIT_COLUMN = "split"
@@ -69,7 +79,8 @@ class PrepareSummary:
         lines += [f"  target {name}: {count} values" for name, count in self.targets.items()]
         if self.splits.keys() - {""}:
             lines += [f"  {part or 'in no part'}: {count}" for part, count in sorted(self.splits.items())]
-        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines).encode(errors="backslashreplace").decode()  # names of files may be anything
 
 
 def prepare(
@@ -152,14 +163,16 @@ def prepare(
     info = {name: Target((units or {}).get(name, "")) for name in keys.names.values()}
     with (
         DatasetWriter(output, info, shard_size=shard_size, overwrite=overwrite) as writer,
-        open(writer.folder / REJECTS, "w", newline="", encoding="utf-8") as rejects_file,
+        open(
+            writer.folder / REJECTS, "w", newline="", encoding="utf-8", errors="backslashreplace"
+        ) as rejects_file,
         _progress(console, summary) as show,
     ):
         ids: set[str] = set()
         rejects = csv.writer(rejects_file)
         rejects.writerow(["source", "id", "reason", "value", "message"])
         options = ParseOptions(keys.names, require_target)
-        for chunk, parsed in parse_all(_chunks(stream), options, workers):
+        for chunk, parsed in parse_all(chunks(stream), options, workers):
             parsed = _without_duplicates(chunk, parsed, ids)
             _count(summary, chunk, parsed)
             writer.write(parsed.batch)
@@ -189,8 +202,12 @@ class _TargetKeys:
                 kinds.setdefault(key, Counter())[kind] += 1
                 if kind == "other":
                     self._dropped.setdefault(key, raw)
+        self._unfit: list[str] = []
         if wanted is None:
-            self.names = {key: key for key, count in kinds.items() if count["number"] > count["other"]}
+            numbers = [key for key, count in kinds.items() if count["number"] > count["other"]]
+            chosen = [key for key in numbers if _is_column_name(key)][:MAX_TARGETS]
+            self.names = {key: key for key in chosen}
+            self._unfit = [key for key in numbers if key not in self.names]
         else:
             self.names = dict(wanted) if isinstance(wanted, Mapping) else {key: key for key in wanted}
             unknown = [key for key in self.names if key not in kinds]
@@ -225,10 +242,25 @@ class _TargetKeys:
             f"{key} ({' '.join(str(raw).split()):.{LONGEST_EXAMPLE}})" for key, raw in self._dropped.items()
         ]
         not_numbers = [f"not numbers, left out: {', '.join(examples)}"] if examples else []
+        if self._unfit:
+            shown = ", ".join(f"{key!r:.{LONGEST_EXAMPLE}}" for key in self._unfit[:5])
+            not_numbers.append(
+                f"{len(self._unfit)} keys that hold numbers cannot be columns, are named like one of a "
+                f"structure, or exceed {MAX_TARGETS}, and are left out: {shown}; name targets to store them"
+            )
         return not_numbers + [
             f"{key!r} has its first value only in {where} and is left out; name the targets to store it"
             for key, where in sorted(self._late.items())
         ]
+
+
+def _is_column_name(key: str) -> bool:
+    """Say whether a column of the dataset may have this name."""
+    try:
+        dataset_schema([key.encode().decode()])
+    except (DatasetError, UnicodeEncodeError):
+        return False
+    return True
 
 
 def _has_split_column(sample: Sequence[RawRecord]) -> bool:
@@ -256,8 +288,16 @@ def _kind(raw: object) -> str:
     return "other" if value is None else "missing" if math.isnan(value) else "number"
 
 
-def _chunks(records: Iterator[RawRecord]) -> Iterator[list[RawRecord]]:
-    while chunk := list(itertools.islice(records, CHUNK_SIZE)):
+def chunks(records: Iterator[RawRecord], size: int = CHUNK_SIZE) -> Iterator[list[RawRecord]]:
+    """Yield the records in lists of at most `size`, fewer where they are long texts."""
+    chunk, length = [], 0
+    for record in records:
+        chunk.append(record)
+        length += len(getattr(record.payload, "text", ""))
+        if len(chunk) == size or length > CHUNK_TEXT:
+            yield chunk
+            chunk, length = [], 0
+    if chunk:
         yield chunk
 
 

@@ -328,7 +328,7 @@ def test_the_result_does_not_depend_on_the_number_of_workers(tmp_path):
         assert (summary.read, summary.stored) == (603, 600)
         assert summary.by_reason == {"duplicate_id": 2, "near_zero_volume": 1}
     names = sorted(file.name for file in folders[0].iterdir())
-    assert len(names) == 5
+    assert len(names) == 6
     for name in names:
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
 

@@ -303,7 +303,7 @@ class Bomb:
 def test_a_malicious_pickle_executes_nothing(tmp_path, protocol):
     path = tmp_path / "cifs.pkl"
     path.write_bytes(pickle.dumps([("a", Bomb(tmp_path / "exploded"))], protocol=protocol))
-    with pytest.raises(PrepareError, match=r"cifs.pkl is not read: UnpicklingError: it names .*mkdir"):
+    with pytest.raises(PrepareError, match=r"cifs.pkl is not read: UnpicklingError: it asks for .*mkdir"):
         prepare(path, tmp_path / "dataset", workers=0)
     assert not (tmp_path / "exploded").exists()
     pickle.loads(path.read_bytes())  # the bomb is live
@@ -312,8 +312,8 @@ def test_a_malicious_pickle_executes_nothing(tmp_path, protocol):
 
 def test_a_pickle_of_nonsense_is_refused_clearly(tmp_path):
     path = tmp_path / "cifs.pkl"
-    path.write_bytes(b"\x80\x04]\x8c\x01aK\x02s.")  # it sets an item of a list by a text: TypeError
-    with pytest.raises(PrepareError, match=r"cifs\.pkl is not read: TypeError"):
+    path.write_bytes(b"\x80\x04]\x8c\x01aK\x02s.")  # it sets an item of a list by a text
+    with pytest.raises(PrepareError, match=r"cifs\.pkl is not read: UnpicklingError: it asks for SETITEM"):
         prepare(path, tmp_path / "dataset", workers=0)
 
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import io
 import itertools
+import re
 import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 
 from .base import (
     ID_KEYS,
+    MAX_ATOMS,
+    MAX_TEXT,
     Arrays,
     Crystal,
     Faulty,
@@ -18,8 +23,10 @@ from .base import (
     RecordError,
     Source,
     atomic_number,
+    check_text,
 )
 
+_COUNT = re.compile("[0-9]{1,12}")
 STRUCTURE_KEYS = ("Lattice", "Properties", "pbc")  # of an extended xyz comment line
 
 
@@ -34,6 +41,7 @@ class AseText:
         """Parse the text."""
         import ase.io
 
+        check_text(self.text)
         try:
             atoms = ase.io.read(io.StringIO(self.text), format=self.format)
         except Exception as error:  # ASE's parsers raise whatever the text makes them raise
@@ -51,7 +59,7 @@ def _arrays(atoms) -> Arrays:
 
 def read_poscar(source: Source) -> Iterator[RawRecord]:
     """Yield the structure of a POSCAR file."""
-    yield RawRecord(source.name, source.stem, AseText(source.read_text(), "vasp"), source.targets)
+    yield RawRecord(source.name, source.stem, AseText(source.read_text(MAX_TEXT + 1), "vasp"), source.targets)
 
 
 def read_extxyz(source: Source) -> Iterator[RawRecord]:
@@ -67,10 +75,15 @@ def read_extxyz(source: Source) -> Iterator[RawRecord]:
                     return
                 count = rest
             where, name = f"{source.name}: frame {number}", f"{source.stem}-{number}"
-            if not count.strip().isdecimal():
+            if not _COUNT.fullmatch(count.strip()):
                 message = "expected the number of atoms; this frame and all after it cannot be read"
                 yield RawRecord(where, name, Faulty(count.strip(), message))
                 return
+            if int(count) > MAX_ATOMS:
+                message = f"the frame has {int(count)} atoms, the limit is {MAX_ATOMS}; leave it out"
+                yield RawRecord(where, name, Faulty(int(count), message, "too_many_atoms"))
+                next(itertools.islice(lines, int(count), None), None)  # go on behind it
+                continue
             frame = list(itertools.islice(lines, int(count) + 1))
             if len(frame) <= int(count):
                 message = f"the file ends after {len(frame)} lines of the frame's {int(count) + 1}"
@@ -97,6 +110,7 @@ def read_database(source: Source) -> Iterator[RawRecord]:
         )
     with ase.db.connect(source.path, type="db") as database:
         try:
+            _check_database(source.path)
             row_ids = [row.id for row in database.select(columns=["id"], include_data=False)]
         except sqlite3.DatabaseError as error:
             raise PrepareError(f"{source.name} is a damaged database: {error}") from error
@@ -114,3 +128,13 @@ def read_database(source: Source) -> Iterator[RawRecord]:
             id_key = next((key for key in ID_KEYS if key in values), None)
             name = str(values.pop(id_key)) if id_key else name
             yield RawRecord(where, name, payload, values)
+
+
+def _check_database(path: Path) -> None:
+    """Refuse views and triggers: they are programs, which may run for ever."""
+    with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
+        kinds = {kind for (kind,) in connection.execute("SELECT type FROM sqlite_master")}
+    if not kinds <= {"table", "index"}:
+        raise PrepareError(
+            f"{path} holds a {min(kinds - {'table', 'index'})}, which an ASE database does not"
+        )

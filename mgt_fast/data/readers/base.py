@@ -19,6 +19,10 @@ from ...elements import has_features
 # Spheres 0.5 Å apart, packed as closely as can be, take 0.088 Å^3 each.
 MIN_VOLUME_PER_ATOM = 0.1
 MAX_FRACTIONAL = 2**20  # the neighbour list refuses atoms farther out
+MAX_ATOMS = 100_000  # of a crystal
+MAX_TEXT = 2**24  # characters of one structure; parsers take some sixty bytes for each
+# What unpacks to more than this, and to so many times its size, is made to fill the memory.
+MAX_UNPACKED, MAX_RATIO = 2**26, 200
 ID_KEYS = ("material_id", "jid", "structure_id", "mp_id", "id", "name")
 
 
@@ -28,6 +32,10 @@ class PrepareError(ValueError):
 
 class UnknownLayoutError(PrepareError):
     """A file of a known kind that does not hold crystals in any known way."""
+
+
+class DamagedError(PrepareError):
+    """A file or an archive that cannot be unpacked."""
 
 
 class RecordError(Exception):
@@ -113,7 +121,8 @@ class Arrays:
 
     def crystal(self) -> Crystal:
         """Check the structure and return it with fractional coordinates."""
-        numbers = np.array([atomic_number(s) for s in _sequence(self.species, "species")], dtype=np.int64)
+        check_atoms(len(_sequence(self.species, "species")))
+        numbers = np.array([atomic_number(s) for s in self.species], dtype=np.int64)
         coords = _floats(self.coords, (len(numbers), 3), "coordinates")
         cell = _floats(self.cell, (3, 3), "cell")
         pbc = np.broadcast_to(np.asarray(self.pbc, dtype=bool), 3)
@@ -145,6 +154,20 @@ class Arrays:
         return Crystal(numbers, coords, cell, pbc)
 
 
+def check_atoms(count: int) -> None:
+    """Raise RecordError if these are more atoms than a crystal may have."""
+    if count > MAX_ATOMS:
+        message = f"the crystal has {count} atoms or more, the limit is {MAX_ATOMS}; leave it out"
+        raise RecordError("too_many_atoms", count, message)
+
+
+def check_text(text: str) -> None:
+    """Raise RecordError if a structure's text is longer than a parser should be given."""
+    if len(text) > MAX_TEXT:
+        message = f"the structure's text has more than {MAX_TEXT} characters; remove what is no structure"
+        raise RecordError("too_large", len(text), message)
+
+
 def atomic_number(species: object) -> int:
     """Return the atomic number of a chemical symbol or number, or raise RecordError."""
     if isinstance(species, str):
@@ -173,7 +196,12 @@ def target_value(raw: object) -> float | None:
             return math.nan if text.lower() in MISSING else float(text)
         except ValueError:
             return None
-    return float(raw) if isinstance(raw, int | float | np.number) and not isinstance(raw, bool) else None
+    if not isinstance(raw, int | float | np.integer | np.floating) or isinstance(raw, bool):
+        return None
+    try:
+        return float(raw)
+    except OverflowError:  # an int of more than 308 digits
+        return math.copysign(math.inf, raw)
 
 
 @cache
@@ -238,7 +266,7 @@ class Source:
             head = stream.read(2)
             stream.seek(0)
             if head == b"\x1f\x8b":
-                with gzip.GzipFile(fileobj=stream) as unpacked:
+                with io.BufferedReader(_Unpacked(stream), _PIECE) as unpacked:
                     yield unpacked
             else:
                 yield stream
@@ -249,7 +277,45 @@ class Source:
         with self.open() as stream:
             yield io.TextIOWrapper(stream, encoding="utf-8-sig", errors="backslashreplace", newline="")
 
-    def read_text(self) -> str:
-        """Return the whole file as text."""
-        with self.open() as stream:
-            return stream.read().decode("utf-8-sig", errors="backslashreplace")
+    def read_text(self, limit: int = -1) -> str:
+        """Return the file, or so many characters of it, as text."""
+        with self.open_text() as lines:
+            return lines.read(limit)
+
+
+_PIECE = 2**16
+
+
+class _Unpacked(io.RawIOBase):
+    """A gzip file undone; one that unpacks to very much raises DamagedError."""
+
+    def __init__(self, packed: BinaryIO):
+        self._limit = unpacked_limit(packed.seek(0, io.SEEK_END))
+        packed.seek(0)
+        self._file = gzip.GzipFile(fileobj=packed)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        count = self._file.readinto(buffer)
+        if self._file.tell() > self._limit:
+            raise DamagedError(f"it unpacks to more than {self._limit} bytes; if that is meant, unpack it")
+        return count
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence != io.SEEK_SET:
+            offset = self._file.seek(0, whence) + offset
+        if offset < self._file.tell():
+            return self._file.seek(offset)
+        while (missing := offset - self._file.tell()) > 0 and self.readinto(bytearray(min(missing, _PIECE))):
+            pass
+        return self._file.tell()
+
+
+def unpacked_limit(packed: int) -> int:
+    """Return how many bytes so many packed ones may become."""
+    return max(MAX_UNPACKED, MAX_RATIO * packed)

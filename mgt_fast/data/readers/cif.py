@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -9,7 +11,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .base import Arrays, Crystal, RawRecord, RecordError, Source
+from .base import (
+    MAX_TEXT,
+    Arrays,
+    Crystal,
+    RawRecord,
+    RecordError,
+    Source,
+    check_atoms,
+    check_text,
+)
 
 CELL_TAGS = [
     f"_cell_{t}" for t in ("length_a", "length_b", "length_c", "angle_alpha", "angle_beta", "angle_gamma")
@@ -24,37 +35,48 @@ GROUP_NUMBER_TAGS = ("_symmetry_Int_Tables_number", "_space_group_IT_number")
 SAME_SITE = 0.1  # Å; images of an atom on a special position differ by rounding alone
 OCCUPANCY_TOLERANCE = 1e-3
 
-_BLOCK = re.compile(r"^data_(\S*)", re.MULTILINE | re.IGNORECASE)
+MAX_OPERATIONS = 1000  # a group has 192 at most; files with several settings list more
+MAX_PAIRS = 4 * 10**7  # of images of one atom that are compared, over all atoms; seconds
+
+_BLOCK = re.compile(r"data_(\S*)", re.IGNORECASE)
 _UNCERTAINTY = re.compile(r"\(\d+\)$")
 _TYPE_SYMBOL = re.compile(r"([A-Za-z]{1,2})(\d*[+-]?|[+-]\d*)$")
 
 
 def read(source: Source) -> Iterator[RawRecord]:
     """Yield the structures of a CIF file: one, or one for each data block with atoms or a cell."""
-    text = source.read_text()
-    if len(_BLOCK.findall(text)) <= 1:
-        yield RawRecord(source.name, source.stem, CifText(text), source.targets)
-        return
-    for name, block in _blocks(text):
-        if "_atom_site_" in block or "_cell_length_a" in block:
-            label = f"{source.stem}/{name}"
-            yield RawRecord(f"{source.name}: data_{name}", label, CifText(block), source.targets)
+    with source.open_text() as lines:
+        blocks = _blocks(lines)
+        first, second = next(blocks), next(blocks, None)
+        if second is None:
+            yield RawRecord(source.name, source.stem, CifText(first[1]), source.targets)
+            return
+        for name, text in itertools.chain([first, second], blocks):
+            if "_atom_site_" in text or "_cell_length_a" in text:
+                label = f"{source.stem}/{name}"
+                yield RawRecord(f"{source.name}: data_{name}", label, CifText(text), source.targets)
 
 
-def _blocks(text: str) -> Iterator[tuple[str, str]]:
-    """Split a CIF into its data blocks; text fields between semicolons may hold anything."""
-    name, lines, in_text = None, [], False
-    for line in text.splitlines(keepends=True):
-        if line.startswith(";"):
+def _blocks(stream: io.TextIOBase) -> Iterator[tuple[str, str]]:
+    """Split a CIF into its data blocks, at least one; text fields between semicolons may hold anything.
+
+    Of a block that is longer than `MAX_TEXT` just a little more than that is kept.
+    """
+    name, pieces, length, in_text, begins = None, [], 0, False, True
+    while piece := stream.readline(MAX_TEXT):  # a line, or a piece of one
+        if begins and piece.startswith(";"):
             in_text = not in_text
-        start = None if in_text else _BLOCK.match(line)
+        start = _BLOCK.match(piece) if begins and not in_text else None
         if start:
             if name is not None:
-                yield name, "".join(lines)
-            name, lines = start[1], []
-        lines.append(line)
-    if name is not None:
-        yield name, "".join(lines)
+                yield name, "".join(pieces)
+                pieces, length = [], 0
+            name = start[1]
+        if length <= MAX_TEXT:
+            pieces.append(piece)
+            length += len(piece)
+        begins = piece.endswith(("\n", "\r"))
+    yield name or "", "".join(pieces)
 
 
 @dataclass(frozen=True)
@@ -67,6 +89,7 @@ class CifText:
         """Parse the text."""
         from gemmi import UnitCell, cif
 
+        check_text(self.text)
         try:
             document = cif.read_string(self.text)
         except (ValueError, RuntimeError) as error:
@@ -79,6 +102,7 @@ class CifText:
         cell = np.array(UnitCell(*lengths_angles).orth.mat.tolist()).T
         if not np.isfinite(cell).all():
             raise RecordError("near_zero_volume", lengths_angles, f"no cell has the sides {lengths_angles}")
+        check_atoms(len(block.find_values("_atom_site_fract_x")))
         coords = [_column(block, f"_atom_site_fract_{axis}") for axis in "xyz"]
         if not coords[0] or len({len(column) for column in coords}) != 1:
             raise _unreadable("_atom_site_fract_x", "the atoms have no fractional coordinates")
@@ -148,7 +172,11 @@ def _operations(block, lengths_angles: list[float]) -> tuple[np.ndarray, np.ndar
     """Return the rotations (P, 3, 3) and translations (P, 3) that make the cell from the listed atoms."""
     import gemmi
 
-    triplets = [gemmi.cif.as_string(text) for tag in OPERATION_TAGS for text in _column(block, tag)]
+    listed = [block.find_values(tag) for tag in OPERATION_TAGS]
+    count = sum(len(column) for column in listed)
+    if count > MAX_OPERATIONS:
+        raise _unreadable(count, f"{count} symmetry operations are listed, the limit is {MAX_OPERATIONS}")
+    triplets = [gemmi.cif.as_string(text) for column in listed for text in column]
     if triplets:
         try:
             operations = [gemmi.Op(triplet) for triplet in triplets]
@@ -184,6 +212,9 @@ def _space_group(block, lengths_angles: list[float]):
 
 def _all_images(coords, cell, rotations, translations) -> tuple[np.ndarray, np.ndarray]:
     """Return, for all atoms of the cell, the listed atom each is an image of, and the coordinates (n, 3)."""
+    if len(coords) * len(rotations) ** 2 > MAX_PAIRS:
+        message = f"{len(rotations)} symmetry operations on {len(coords)} atoms; list all atoms instead"
+        raise RecordError("too_many_atoms", len(coords) * len(rotations), message)
     sites, images = [], []
     for i, xyz in enumerate(coords):
         candidates = rotations @ xyz + translations

@@ -10,7 +10,6 @@ import posixpath
 import re
 import tarfile
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,17 +19,17 @@ from typing import BinaryIO
 
 from . import FORMATS, READERS, STRUCTURE_FILES, check_format, detect
 from .base import (
+    DamagedError,
     Faulty,
     PrepareError,
     RawRecord,
     Source,
     UnknownLayoutError,
     target_value,
+    unpacked_limit,
 )
 
-# What truncated or damaged gzip, zip and tar files raise; RuntimeError: a zip member under a password.
-DAMAGED = (EOFError, OSError, zlib.error, zipfile.BadZipFile, tarfile.TarError, RuntimeError)
-
+MAX_DEPTH = 3  # archives within archives
 _ENDINGS = re.compile(r"(\.(cif|csv|vasp|poscar|extxyz|xyz|json|db|pkl|zip|tar|tgz|gz))+$", re.IGNORECASE)
 _HIDDEN = re.compile(r"(^|/)(\.[^./]|__MACOSX(/|$))")
 _LABEL_FILE = re.compile(r"(.*_)?id_prop\.csv", re.IGNORECASE)
@@ -120,6 +119,7 @@ class Inputs:
                 records = self._walk(_folder_files(path), self._given_labels)
             else:
                 records = self._read(_file_source(path), self._given_labels, named=True)
+            records = map(_legible, records)
             first = next(records, None)
             if first is None:
                 raise PrepareError(f"{path} holds no record of a known format ({', '.join(FORMATS)})")
@@ -139,17 +139,27 @@ class Inputs:
                     f"{len(unused)} rows of {labels.name} name no structure, first {unused[0]!r}"
                 )
 
-    def _read(self, source: Source, labels: Labels | None, *, named: bool = False) -> Iterator[RawRecord]:
+    def _read(
+        self, source: Source, labels: Labels | None, *, named: bool = False, depth: int = 0
+    ) -> Iterator[RawRecord]:
         """Yield the records of a file or an archive.
 
         What the user named must be readable; another file that is not becomes one faulty record.
         """
+        count, before = 0, len(self._left_out)
         try:
             with source.open() as stream:
                 members = _archive_members(stream)
                 if members is not None:
+                    if depth == MAX_DEPTH:
+                        raise DamagedError("it is an archive within so many others; unpack it")
                     beside = _files_beside(source.path) if named else []
-                    yield from self._walk(_member_sources(source.name, members), labels, beside)
+                    files = _member_sources(source.name, members)
+                    for record in self._walk(files, labels, beside, depth + 1):
+                        count += 1
+                        yield record
+                    if not (count or named or len(self._left_out) > before):
+                        self._left_out.append(source.name)
                     return
             format = self.format or detect(source)
             if format is None and named:
@@ -159,13 +169,19 @@ class Inputs:
                 return
             if labels and format in STRUCTURE_FILES:
                 source = replace(source, targets=labels.of(source))
-            yield from READERS[format](source)
+            for record in READERS[format](source):
+                count += 1
+                yield record
+            if not count and not named:
+                self._left_out.append(source.name)
         except UnknownLayoutError:
             if named:
                 raise
             self._left_out.append(source.name)
-        except (PrepareError, *DAMAGED) as error:
-            whole = isinstance(error, PrepareError)
+        except (
+            Exception
+        ) as error:  # damaged files make the libraries that unpack them raise whatever they meet
+            whole = isinstance(error, PrepareError) and not isinstance(error, DamagedError)
             message = (
                 str(error) if whole else f"{source.name} cannot be read: {type(error).__name__}: {error}"
             )
@@ -174,7 +190,7 @@ class Inputs:
             yield RawRecord(source.name, source.stem, Faulty(source.name, message, "unreadable_file"))
 
     def _walk(
-        self, files: list[Source], labels: Labels | None, beside: Sequence[Source] = ()
+        self, files: list[Source], labels: Labels | None, beside: Sequence[Source] = (), depth: int = 0
     ) -> Iterator[RawRecord]:
         """Yield the records of the files of a folder or an archive; labels may be in or beside it."""
         nearest = self._labels_in(files) or self._labels_in(beside) or labels
@@ -182,7 +198,7 @@ class Inputs:
             labels.nearer = nearest.name
         for file in files:
             if not _LABEL_FILE.fullmatch(file.filename):
-                yield from self._read(file, nearest)
+                yield from self._read(file, nearest, depth=depth)
 
     def _labels_in(self, files: Sequence[Source]) -> Labels | None:
         """Return the labels that the user named, or else those of the label file among `files`."""
@@ -200,6 +216,14 @@ class Inputs:
         if source.name not in self._label_files:
             self._label_files[source.name] = Labels.read(source)
         return self._label_files[source.name]
+
+
+def _legible(record: RawRecord) -> RawRecord:
+    """Return the record with escapes in its name for what is no valid text: it will be written down."""
+    if record.id.isascii() and record.source.isascii():
+        return record
+    id, source = (text.encode(errors="backslashreplace").decode() for text in (record.id, record.source))
+    return replace(record, id=id, source=source)
 
 
 def read_text(path: Path) -> str:
@@ -237,13 +261,18 @@ def _archive_members(stream: BinaryIO) -> dict[str, Callable[[], BinaryIO]] | No
     stream.seek(0)
     if head.startswith(b"PK\x03\x04"):
         archive = zipfile.ZipFile(stream)
-        return {
-            info.filename: partial(archive.open, info) for info in archive.infolist() if not info.is_dir()
-        }
+        files = [info for info in archive.infolist() if not info.filename.endswith("/")]
+        return {info.filename: partial(_open_member, archive, info) for info in files}
     if head[257:262] == b"ustar":
         archive = tarfile.open(fileobj=stream, mode="r:")  # noqa: SIM115
         return {m.name: partial(archive.extractfile, m) for m in archive.getmembers() if m.isfile()}
     return None
+
+
+def _open_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> BinaryIO:
+    if info.file_size > unpacked_limit(info.compress_size):
+        raise DamagedError(f"it unpacks to {info.file_size} bytes; if that is meant, unpack it")
+    return archive.open(info)
 
 
 def _member_sources(container: str, members: dict[str, Callable[[], BinaryIO]]) -> list[Source]:
