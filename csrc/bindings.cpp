@@ -6,10 +6,12 @@
 #include <cmath>
 #include <memory>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "comformer.hpp"
+#include "crystal_gather.hpp"
 #include "lattice_frame.hpp"
 #include "neighbor_list.hpp"
 #include "vector_kernels.hpp"
@@ -141,10 +143,65 @@ py::dict comformer_graph(const Batch& batch, std::int64_t max_neighbors, int thr
   return result;
 }
 
+// The shards of a dataset, whose arrays it keeps alive.
+class Reader {
+ public:
+  using Columns =
+      std::tuple<Array<std::int32_t>, Array<std::uint8_t>, Array<double>, Array<double>, Array<std::uint8_t>>;
+
+  explicit Reader(std::vector<Columns> columns) : columns_(std::move(columns)), reader_(shards(columns_)) {}
+
+  py::dict gather(const Array<std::int64_t>& indices) const {
+    if (indices.ndim() != 1) throw py::value_error("indices must have one dimension");
+    const py::ssize_t count = indices.size();
+    for (py::ssize_t b = 0; b < count; ++b) {
+      const std::int64_t index = indices.data()[b];
+      if (index < 0 || index >= reader_.size()) {
+        throw py::index_error("crystal " + std::to_string(index) + " of a dataset of " +
+                              std::to_string(reader_.size()));
+      }
+    }
+    mgt::GatheredCrystals batch;
+    {
+      py::gil_scoped_release release;
+      batch = reader_.gather(indices.data(), count);
+    }
+    const auto atoms = static_cast<py::ssize_t>(batch.numbers.size());
+    py::dict result;
+    result["numbers"] = to_numpy<std::int64_t>(std::move(batch.numbers), {atoms});
+    result["frac_coords"] = to_numpy<double>(std::move(batch.frac_coords), {atoms, 3});
+    result["cell"] = to_numpy<double>(std::move(batch.cell), {count, 3, 3});
+    result["batch_ptr"] = to_numpy<std::int64_t>(std::move(batch.batch_ptr), {count + 1});
+    result["pbc"] = to_numpy<bool>(std::move(batch.pbc), {count, 3});
+    return result;
+  }
+
+ private:
+  static std::vector<mgt::Shard> shards(const std::vector<Columns>& columns) {
+    std::vector<mgt::Shard> shards;
+    for (const auto& [atom_ptr, numbers, frac_coords, cell, pbc] : columns) {
+      const py::ssize_t count = pbc.size(), atoms = numbers.size();
+      require(pbc, "pbc", {count});
+      require(numbers, "numbers", {atoms});
+      require(atom_ptr, "atom_ptr", {count + 1});
+      require(frac_coords, "frac_coords", {3 * atoms});
+      require(cell, "cell", {9 * count});
+      shards.push_back(
+          {count, atoms, atom_ptr.data(), numbers.data(), frac_coords.data(), cell.data(), pbc.data()});
+    }
+    return shards;
+  }
+
+  std::vector<Columns> columns_;
+  mgt::CrystalReader reader_;
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Periodic neighbour lists and lattice frames; mgt_fast.graph is the documented interface.";
+  m.doc() =
+      "Periodic neighbour lists, lattice frames and the reader of datasets; mgt_fast.graph and mgt_fast.data "
+      "are the documented interface.";
   py::class_<Batch>(m, "Batch")
       .def(py::init<Array<double>, Array<double>, Array<std::int64_t>, Array<bool>, py::sequence>(),
            py::arg("frac_coords").noconvert(), py::arg("cell").noconvert(), py::arg("batch_ptr").noconvert(),
@@ -160,6 +217,9 @@ PYBIND11_MODULE(_C, m) {
       throw py::value_error(std::string("this machine cannot run the vector kernels '") + name + "'");
     }
   });
+  py::class_<Reader>(m, "CrystalReader")
+      .def(py::init<std::vector<Reader::Columns>>(), py::arg("shards").noconvert())
+      .def("gather", &Reader::gather, py::arg("indices").noconvert());
   m.def("comformer_graph", &comformer_graph, py::arg("batch"), py::kw_only(), py::arg("max_neighbors"),
         py::arg("threads"));
 }

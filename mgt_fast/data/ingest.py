@@ -15,10 +15,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from ..graph import SHELL_TOLERANCE
+from .counts import count_edges
 from .parse import REQUIREMENTS, Parsed, ParseOptions, parse_all
 from .readers.base import Faulty, PrepareError, RawRecord, RecordError, target_value
 from .readers.inputs import Inputs, read_text
@@ -95,6 +98,7 @@ def prepare(
     format: str | None = None,
     workers: int | None = None,
     shard_size: int = DEFAULT_SHARD_SIZE,
+    max_neighbors: int | None = 25,
     overwrite: bool = False,
     console: Console | None = None,
 ) -> PrepareSummary:
@@ -123,6 +127,9 @@ def prepare(
             parser or takes more than `data.workers.Limits` allows is rejected; 0 parses in this process,
             without that protection.
         shard_size: crystals a shard.
+        max_neighbors: count the edges of the graphs with so many neighbours, and store the counts for runs
+            that use them (see `counts`); None for no counts. A crystal without such a graph is stored all the
+            same, and a note tells of it.
         overwrite: replace an existing dataset.
         console: where to show progress; nowhere when absent.
 
@@ -139,6 +146,8 @@ def prepare(
         raise PrepareError(f"workers = {workers}; it must be 0 (for none) or more")
     if require_target not in REQUIREMENTS:
         raise PrepareError(f"require_target = {require_target!r}; choose one of {', '.join(REQUIREMENTS)}")
+    if max_neighbors is not None and max_neighbors < 1:
+        raise PrepareError(f"max_neighbors = {max_neighbors}; it must be at least 1, or None for no counts")
     check_output(output, overwrite)
     paths = [inputs] if isinstance(inputs, str | os.PathLike) else inputs
     source = Inputs([Path(path) for path in paths], format=format, labels=Path(labels) if labels else None)
@@ -180,6 +189,8 @@ def prepare(
                 value = str(error.value)[:LONGEST_VALUE]
                 rejects.writerow([chunk[i].source, chunk[i].id, error.reason, value, error.message])
             show()
+        if max_neighbors is not None:
+            summary.notes += _store_edge_counts(writer, max_neighbors, console)
     summary.notes += source.notes + keys.notes()
     if by_column:
         summary.notes.append(f"the column {SPLIT_COLUMN!r} told the part of each crystal")
@@ -325,6 +336,20 @@ def _count(summary: PrepareSummary, chunk: Sequence[RawRecord], parsed: Parsed) 
     summary.splits.update(chunk[i].split for i in parsed.kept)
     for name in summary.targets:
         summary.targets[name] += len(parsed.kept) - parsed.batch.column(name).null_count
+
+
+def _store_edge_counts(writer: DatasetWriter, max_neighbors: int, console: Console | None) -> list[str]:
+    """Store how many edges the crystals written have; return a note on those without a graph."""
+    crystals = writer.written()
+    counts = count_edges(crystals, max_neighbors, console=console)
+    writer.add_edge_counts(counts, max_neighbors, SHELL_TOLERANCE)
+    missing = np.flatnonzero(counts == 0)
+    if not len(missing):
+        return []
+    return [
+        f"{len(missing)} crystals have no graph with {max_neighbors} neighbours an atom, the first "
+        f"{crystals.ids[missing[0]]!r}; a run with so many refuses them, one with fewer may not"
+    ]
 
 
 def read_split(path: Path) -> dict[str, str]:

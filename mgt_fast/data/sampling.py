@@ -22,10 +22,10 @@ _MASK = 2**64 - 1
 def permuted(positions, n: int, key: int):
     """Return what stands at `positions` of the pseudo-random permutation of range(n) that `key` names.
 
-    A number x is written as a pair (x // b, x % b) of Z_a × Z_b with a, b ≈ √n. A Feistel network permutes the
-    pairs: each round adds to one half a hash of the other, modulo a or b. There are up to √n more pairs than
-    numbers; where one of those comes out, the network is applied again until a number does (cycle walking).
-    A hash is the upper part of (m x + c)^2 mod 2^64, with m and c drawn from the key.
+    A number x is written as a pair (x // b, x % b) of Z_a × Z_b with a, b ≈ √n. A Feistel network permutes
+    the pairs: each round adds to one half a hash of the other, modulo a or b. There are up to √n more pairs
+    than numbers; where one of those comes out, the network is applied again until a number does (cycle
+    walking). A hash is the upper part of (m x + c)^2 mod 2^64, with m and c drawn from the key.
 
     Args:
         positions: whole numbers from 0 to n - 1, of any shape: a NumPy array, or an integer tensor on any

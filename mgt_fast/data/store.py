@@ -1,7 +1,8 @@
 """The dataset format: Arrow IPC shards that map into memory, and a manifest that guards them.
 
-A dataset is a folder with `manifest.json` and shards `shard-00000.arrow`, ... Each shard is an uncompressed
-Arrow IPC file of one record batch, so that every column is one contiguous buffer; pandas and polars read it.
+A dataset is a folder with `manifest.json` (see `manifest`) and shards `shard-00000.arrow`, ... Each shard is
+an uncompressed Arrow IPC file of one record batch, so that every column is one contiguous buffer; pandas and
+polars read it.
 
     column       Arrow type                  meaning
     id           string                      unique name of the crystal
@@ -11,27 +12,35 @@ Arrow IPC file of one record batch, so that every column is one contiguous buffe
     pbc          uint8                       bit i: periodic along lattice vector i
     split        dictionary<string>          "train", "val", "test" or "" (in none of them)
     <target>     double, nullable            one column a target; null where it is not known
+
+Files `edges-<max_neighbors>.arrow` may stand beside them; see `counts`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from ..structures import CrystalBatch
+from .. import _C
+from ..structures import MAX_ATOMIC_NUMBER, CrystalBatch
+from .ids import ChosenIds, DatasetIds
+from .manifest import (
+    MANIFEST,
+    RESTORE,
+    DatasetError,
+    Target,
+    check_files,
+    hash_file,
+    read_manifest,
+    write_manifest,
+)
 
-FORMAT = "mgt-fast dataset"
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
 SPLITS = ("", "train", "val", "test")
 BUNDLED = Path(__file__).parent / "bundled" / "dataset"
 DEFAULT_SHARD_SIZE = 2**18
@@ -45,18 +54,7 @@ STRUCTURE_FIELDS = (
     pa.field("pbc", pa.uint8(), nullable=False),
     pa.field("split", pa.dictionary(pa.int8(), pa.string()), nullable=False),
 )
-
-
-class DatasetError(ValueError):
-    """A dataset that cannot be read or written; the message names the file and the remedy."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """What a target column holds."""
-
-    unit: str = ""
-    description: str = ""
+EDGE_COUNTS_SCHEMA = pa.schema([pa.field("num_edges", pa.int32())])
 
 
 def dataset_schema(targets: Sequence[str]) -> pa.Schema:
@@ -137,6 +135,7 @@ class DatasetWriter:
         check_output(self.path, overwrite)
         self.folder = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
         self._shards: list[dict] = []
+        self._edge_counts: list[dict] = []
         self._pending: list[pa.RecordBatch] = []
         self._pending_rows = 0
         self._pending_atoms = 0
@@ -162,34 +161,54 @@ class DatasetWriter:
             if self._pending_rows == self.shard_size or self._pending_atoms > MAX_SHARD_ATOMS:
                 self._flush()
 
+    def written(self) -> CrystalDataset:
+        """Return what has been written so far, to look at before it appears under its name."""
+        self._flush()
+        shards = [_open_shard(self.folder / entry["file"], entry, self.schema) for entry in self._shards]
+        return CrystalDataset(self.folder, shards, self.targets)
+
+    def add_edge_counts(self, counts: np.ndarray, max_neighbors: int, shell_tolerance: float) -> None:
+        """Store how many edges the graph of each crystal has; see `counts`.
+
+        Args:
+            counts: one a crystal of the whole dataset, (n,); 0 where there is no graph, stored as null.
+            max_neighbors, shell_tolerance: of the graphs.
+        """
+        name = f"edges-{max_neighbors}.arrow"
+        column = pa.array(counts.astype(np.int32), mask=counts == 0)
+        self._write_file(name, pa.RecordBatch.from_arrays([column], schema=EDGE_COUNTS_SCHEMA))
+        self._edge_counts.append(
+            {
+                "file": name,
+                "sha256": hash_file(self.folder / name),
+                "max_neighbors": max_neighbors,
+                "shell_tolerance": shell_tolerance,
+            }
+        )
+
     def _flush(self) -> None:
-        batch = pa.concat_batches(self._pending)
+        if not self._pending:
+            return
         name = f"shard-{len(self._shards):05d}.arrow"
-        with pa.OSFile(str(self.folder / name), "wb") as sink, pa.ipc.new_file(sink, self.schema) as writer:
-            writer.write_batch(batch)
+        self._write_file(name, pa.concat_batches(self._pending))
         self._shards.append(
             {
                 "file": name,
-                "sha256": _sha256(self.folder / name),
+                "sha256": hash_file(self.folder / name),
                 "crystals": self._pending_rows,
                 "atoms": self._pending_atoms,
             }
         )
         self._pending, self._pending_rows, self._pending_atoms = [], 0, 0
 
+    def _write_file(self, name: str, batch: pa.RecordBatch) -> None:
+        sink = pa.OSFile(str(self.folder / name), "wb")
+        with sink, pa.ipc.new_file(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+
     def _finish(self) -> None:
-        if self._pending:
-            self._flush()
-        manifest = {
-            "format": FORMAT,
-            "version": FORMAT_VERSION,
-            "targets": {name: vars(target) for name, target in self.targets.items()},
-            "crystals": sum(shard["crystals"] for shard in self._shards),
-            "atoms": sum(shard["atoms"] for shard in self._shards),
-            "shards": self._shards,
-        }
-        text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-        (self.folder / MANIFEST).write_text(text, encoding="utf-8")
+        self._flush()
+        write_manifest(self.folder, self.targets, self._shards, self._edge_counts)
         if self.path.exists():
             replaced = self.path.with_name(f".{self.path.name}.{os.getpid()}.replaced")
             self.path.rename(replaced)
@@ -223,44 +242,60 @@ class CrystalDataset:
         split: "train", "val", "test" or "" of each crystal, (n,) str.
     """
 
-    def __init__(self, path: Path, shards: list[pa.RecordBatch], target_info: dict[str, Target]):
+    def __init__(
+        self,
+        path: Path,
+        shards: Sequence[pa.RecordBatch],
+        target_info: Mapping[str, Target],
+        edge_counts: Mapping[tuple[int, float], np.ndarray] | None = None,
+    ):
         self.path = path
-        self.target_info = target_info
-        self.ids = _Ids([shard.column("id") for shard in shards])
+        self.target_info = dict(target_info)
+        self.ids = DatasetIds([shard.column("id") for shard in shards])
         self.split = _joined([shard.column("split").cast(pa.string()) for shard in shards], "U5")
         self.targets = {
             name: _joined([shard.column(name) for shard in shards], np.float64) for name in target_info
         }
-        offsets = [shard.column("numbers").offsets.to_numpy() for shard in shards]
-        self.num_atoms = np.concatenate([np.empty(0, np.int64), *(np.diff(o) for o in offsets)])
-        self._first_atom = np.concatenate([np.empty(0, np.int64), *(o[:-1] for o in offsets)])
-        self._columns = [
-            (
-                shard.column("numbers").values.to_numpy(),
-                shard.column("frac_coords").values.to_numpy().reshape(-1, 3),
-                shard.column("cell").values.to_numpy().reshape(-1, 3, 3),
-                shard.column("pbc").to_numpy(),
-            )
-            for shard in shards
-        ]
+        self.num_atoms = _joined([shard.column("numbers").value_lengths() for shard in shards], np.int64)
+        self._edge_counts = dict(edge_counts or {})
+        self._reader = _C.CrystalReader(
+            [
+                (
+                    shard.column("numbers").offsets.to_numpy(),
+                    shard.column("numbers").values.to_numpy(),
+                    shard.column("frac_coords").values.to_numpy(),
+                    shard.column("cell").values.to_numpy(),
+                    shard.column("pbc").to_numpy(),
+                )
+                for shard in shards
+            ]
+        )
 
     @classmethod
     def open(cls, path: str | os.PathLike | None = None, *, verify: bool = True) -> CrystalDataset:
         """Open a dataset folder, or with None the bundled set of Materials Project crystals.
 
+        A file must not be changed while it is open: it is mapped, not copied.
+
         Args:
             path: the folder.
-            verify: compare every shard's SHA-256 with the manifest (about a second for 2 GB).
+            verify: compare every file's SHA-256 with the manifest (about a second a core for 2 GB). Without
+                it a changed value may go unnoticed; what would lead outside a file never does.
 
         Raises:
-            DatasetError: if the folder is no dataset of this version, or a shard is missing, damaged,
+            DatasetError: if the folder is no dataset of this version, or a file is missing, damaged,
                 truncated or not the one that was written; the message names the file.
         """
         path = BUNDLED if path is None else Path(path)
-        manifest = _read_manifest(path)
-        targets = {name: Target(**info) for name, info in manifest["targets"].items()}
-        schema = dataset_schema(list(targets))
-        return cls(path, [_open_shard(path, entry, schema, verify) for entry in manifest["shards"]], targets)
+        manifest = read_manifest(path)
+        check_files(path, [*manifest["shards"], *manifest["edge_counts"]], verify)
+        schema = dataset_schema(list(manifest["targets"]))
+        shards = [_open_shard(path / entry["file"], entry, schema) for entry in manifest["shards"]]
+        dataset = cls(path, shards, manifest["targets"])
+        for entry in manifest["edge_counts"]:
+            key = entry["max_neighbors"], entry["shell_tolerance"]
+            dataset._edge_counts[key] = _open_counts(path / entry["file"], key[0], dataset.num_atoms)
+        return dataset
 
     def __len__(self) -> int:
         return len(self.num_atoms)
@@ -287,70 +322,19 @@ class CrystalDataset:
             raise TypeError(
                 f"indices are {indices.dtype}, expected whole numbers (for a mask: np.flatnonzero)"
             )
-        outside = (indices < 0) | (indices >= len(self))
-        if outside.any():
-            raise IndexError(f"crystal {indices[outside][0]} of a dataset of {len(self)}")
-        batch_ptr = np.zeros(len(indices) + 1, dtype=np.int64)
-        np.cumsum(self.num_atoms[indices], out=batch_ptr[1:])
-        numbers = np.empty(batch_ptr[-1], dtype=np.int64)
-        frac_coords = np.empty((batch_ptr[-1], 3))
-        cell = np.empty((len(indices), 3, 3))
-        pbc = np.empty(len(indices), dtype=np.uint8)
-
-        shard = self.ids.shard_of(indices)
-        for s in np.unique(shard):
-            members = np.flatnonzero(shard == s)
-            chosen = indices[members]
-            row = chosen - self.ids.shard_ptr[s]
-            num_atoms = self.num_atoms[chosen]
-            source = _ranges(self._first_atom[chosen], num_atoms)
-            goal = _ranges(batch_ptr[members], num_atoms)
-            shard_numbers, shard_coords, shard_cell, shard_pbc = self._columns[s]
-            numbers[goal] = shard_numbers[source]
-            frac_coords[goal] = shard_coords[source]
-            cell[members] = shard_cell[row]
-            pbc[members] = shard_pbc[row]
+        indices = np.ascontiguousarray(indices, dtype=np.int64)
+        try:
+            arrays = self._reader.gather(indices)
+        except RuntimeError as error:
+            raise DatasetError(f"{self.path}: {error}; {RESTORE}") from error
         return CrystalBatch(
-            numbers=torch.from_numpy(numbers),
-            frac_coords=torch.from_numpy(frac_coords),
-            cell=torch.from_numpy(cell),
-            batch_ptr=torch.from_numpy(batch_ptr),
-            pbc=torch.from_numpy((pbc[:, None] >> np.arange(3, dtype=np.uint8) & 1).astype(bool)),
-            ids=self.ids.take(indices),
+            **{name: torch.from_numpy(array) for name, array in arrays.items()},
+            ids=ChosenIds(self.ids, indices),
         )
 
-
-class _Ids(Sequence):
-    """The ids of all shards as one sequence of str, decoded when asked for."""
-
-    def __init__(self, columns: list[pa.StringArray]):
-        self._columns = columns
-        self.shard_ptr = np.cumsum([0, *(len(column) for column in columns)])
-
-    def shard_of(self, indices: np.ndarray) -> np.ndarray:
-        """Return the shard that holds each crystal."""
-        return np.searchsorted(self.shard_ptr, indices, side="right") - 1
-
-    def take(self, indices: np.ndarray) -> tuple[str, ...]:
-        """Return the ids at `indices`."""
-        shard = self.shard_of(indices)
-        ids = np.empty(len(indices), dtype=object)
-        for s in np.unique(shard):
-            members = np.flatnonzero(shard == s)
-            ids[members] = self._columns[s].take(pa.array(indices[members] - self.shard_ptr[s])).to_pylist()
-        return tuple(ids)
-
-    def __len__(self) -> int:
-        return int(self.shard_ptr[-1])
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return list(self.take(np.arange(len(self))[index]))
-        return self.take(np.array([range(len(self))[index]]))[0]
-
-    def __iter__(self):
-        for column in self._columns:
-            yield from column.to_pylist()
+    def stored_edge_counts(self, max_neighbors: int, shell_tolerance: float) -> np.ndarray | None:
+        """Return the edges of each crystal's graph, (n,) int32, 0 for no graph, or None if not stored."""
+        return self._edge_counts.get((max_neighbors, shell_tolerance))
 
 
 def _joined(columns: list[pa.Array], dtype) -> np.ndarray:
@@ -358,65 +342,58 @@ def _joined(columns: list[pa.Array], dtype) -> np.ndarray:
     return np.concatenate([np.empty(0, dtype), *(part.astype(dtype) for part in parts)])
 
 
-def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Return [starts[0], starts[0] + 1, ..., starts[0] + lengths[0] - 1, starts[1], ...]."""
-    ends = np.cumsum(lengths)
-    total = ends[-1] if len(ends) else 0
-    return np.arange(total) + np.repeat(starts - (ends - lengths), lengths)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _read_manifest(path: Path) -> dict:
-    file = path / MANIFEST
-    if not file.is_file():
-        raise DatasetError(f"{path} is no dataset: it has no {MANIFEST}; make one with `mgt-fast prepare`")
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        recognised = manifest["format"] == FORMAT
-    except (ValueError, KeyError, TypeError) as error:
-        raise DatasetError(f"{file} is damaged ({error}); prepare the dataset again") from error
-    if not recognised:
-        raise DatasetError(f"{file} is not the manifest of an {FORMAT}")
-    if manifest.get("version") != FORMAT_VERSION:
-        raise DatasetError(
-            f"{file} has format version {manifest.get('version')}, this program reads {FORMAT_VERSION}; "
-            "prepare the dataset again"
-        )
-    try:
-        for entry in manifest["shards"]:
-            if Path(entry["file"]).name != entry["file"]:
-                raise DatasetError(f"{file} names a shard outside its folder: {entry['file']!r}")
-            _ = (entry["sha256"] + "", entry["crystals"] + 0, entry["atoms"] + 0)
-        {name: Target(**info) for name, info in manifest["targets"].items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DatasetError(f"{file} is damaged ({error!r}); prepare the dataset again") from error
-    return manifest
-
-
-def _open_shard(path: Path, entry: dict, schema: pa.Schema, verify: bool) -> pa.RecordBatch:
-    file = path / entry["file"]
-    remedy = "restore it from a copy or prepare the dataset again"
-    if not file.is_file():
-        raise DatasetError(f"shard {file} is missing; {remedy}")
-    if verify and _sha256(file) != entry["sha256"]:
-        raise DatasetError(f"shard {file} is damaged or another file: its SHA-256 differs; {remedy}")
+def _open_table(file: Path, schema: pa.Schema) -> pa.RecordBatch:
+    """Map an Arrow file of one record batch and check all that later reads rely on."""
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(file)))
         if reader.num_record_batches != 1 or not reader.schema.equals(schema):
-            raise DatasetError(f"shard {file} does not have the manifest's columns; {remedy}")
-        shard = reader.get_batch(0)
-        num_atoms, num_coords = (shard.column(name).offsets.to_numpy() for name in ("numbers", "frac_coords"))
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DatasetError(f"shard {file} cannot be read ({error}); {remedy}") from error
+            raise DatasetError(f"{file} does not have the columns that the manifest says; {RESTORE}")
+        table = reader.get_batch(0)
+        table.validate(full=True)  # offsets, lengths of buffers, dictionaries, UTF-8
+    except (pa.ArrowException, OSError, MemoryError) as error:
+        raise DatasetError(f"{file} cannot be read ({error}); {RESTORE}") from error
+    return table
+
+
+def _open_shard(file: Path, entry: dict, schema: pa.Schema) -> pa.RecordBatch:
+    shard = _open_table(file, schema)
+    fields = [shard.column(field.name) for field in STRUCTURE_FIELDS]
+    _, numbers, frac_coords, cell, pbc, split = fields
     expected = (entry["crystals"], entry["atoms"])
-    found = (shard.num_rows, len(shard.column("numbers").values))
-    if found != expected or not np.array_equal(3 * num_atoms.astype(np.int64), num_coords):
+    found = (shard.num_rows, len(numbers.values))
+    if found != expected:
         raise DatasetError(
-            f"shard {file} holds {found[0]} crystals with {found[1]} atoms, the manifest says "
-            f"{expected[0]} with {expected[1]}; {remedy}"
+            f"{file} holds {found[0]} crystals with {found[1]} atoms, the manifest says "
+            f"{expected[0]} with {expected[1]}; {RESTORE}"
         )
+    first_atom, first_coord = (
+        column.offsets.to_numpy().astype(np.int64) for column in (numbers, frac_coords)
+    )
+    lists = (numbers, frac_coords, cell)
+    sound = (
+        not any(column.null_count for column in (*fields, *(column.values for column in lists)))
+        and (first_atom[0], first_atom[-1]) == (0, found[1])
+        and np.diff(first_atom).min(initial=1) >= 1
+        and set(split.dictionary.to_pylist()) <= set(SPLITS)
+        and np.array_equal(3 * first_atom, first_coord)
+        and len(frac_coords.values) == 3 * found[1]
+        and len(cell.values) == 9 * found[0]
+        and pbc.to_numpy().max(initial=0) < 8
+        and numbers.values.to_numpy().min(initial=1) >= 1
+        and numbers.values.to_numpy().max(initial=1) <= MAX_ATOMIC_NUMBER
+    )
+    if not sound:
+        raise DatasetError(f"{file} holds crystals that cannot be; {RESTORE}")
     return shard
+
+
+def _open_counts(file: Path, max_neighbors: int, num_atoms: np.ndarray) -> np.ndarray:
+    column = _open_table(file, EDGE_COUNTS_SCHEMA).column(0)
+    counts = column.fill_null(0).to_numpy()
+    # Every atom has max_neighbors edges at least, and every edge its reverse.
+    sound = len(counts) == len(num_atoms) and (
+        ((counts >= max_neighbors * num_atoms) & (counts % 2 == 0)) | (counts == 0)
+    )
+    if not np.all(sound):
+        raise DatasetError(f"{file} does not hold the edges of these crystals; {RESTORE}")
+    return counts

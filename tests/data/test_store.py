@@ -1,38 +1,15 @@
 import json
+import pickle
 import shutil
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from small_datasets import TARGETS, random_crystals, write
 
 from mgt_fast.data import CrystalDataset, DatasetError, DatasetWriter, Target
 from mgt_fast.data.store import MANIFEST, record_batch
-
-TARGETS = {"energy": Target("eV", "an energy"), "gap": Target("eV")}
-PARTS = ("train", "", "val", "test")
-
-
-def random_crystals(n, rng):
-    sizes = rng.integers(1, 9, n)
-    return {
-        "ids": [f"crystal-{i}-é" for i in range(n)],
-        "numbers": [rng.integers(1, 100, size) for size in sizes],
-        "frac_coords": [rng.normal(size=(size, 3)) for size in sizes],
-        "cell": rng.normal(size=(n, 3, 3)),
-        "pbc": rng.random((n, 3)) < 0.5,
-        "split": [PARTS[i % 4] for i in range(n)],
-        "targets": {
-            "energy": rng.normal(size=n),
-            "gap": np.where(rng.random(n) < 0.5, np.nan, rng.random(n)),
-        },
-    }
-
-
-def write(path, crystals, shard_size=7, **options):
-    with DatasetWriter(path, TARGETS, shard_size=shard_size, **options) as writer:
-        writer.write(record_batch(**crystals))
-    return path
 
 
 @pytest.fixture
@@ -93,6 +70,10 @@ def test_the_way_batches_arrive_does_not_matter(folder, crystals, tmp_path):
 def test_gather_refuses_what_is_not_there(folder):
     dataset = CrystalDataset.open(folder)
     assert len(dataset.gather([])) == 0
+    with pytest.raises(ValueError, match="one dimension"):
+        dataset.gather([[1, 2]])
+    with pytest.raises(IndexError, match="of a dataset of 20"):
+        dataset.gather(np.array([2**64 - 1], np.uint64))
     with pytest.raises(IndexError, match="crystal 20 of a dataset of 20"):
         dataset.gather([0, 20])
     with pytest.raises(IndexError, match="crystal -1"):
@@ -153,24 +134,92 @@ def test_without_hashing_truncated_and_wrong_shards_are_still_refused(folder):
         CrystalDataset.open(folder, verify=False)
 
 
+def as_version_1(manifest):
+    del manifest["edge_counts"], manifest["sha256"]
+    manifest["version"] = 1
+
+
+def rewrite(folder, *changes):
+    manifest = json.loads((folder / MANIFEST).read_text())
+    for change in changes:
+        change(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(version=99), "version 99, this program reads 1"),
+        (lambda m: m.update(version=99), "version 99, this program reads 1 and 2"),
+        (lambda m: m.update(version=True), "version True"),
         (lambda m: m.update(format="other"), "is not the manifest"),
         (lambda m: m.pop("format"), "is damaged"),
-        (lambda m: m.pop("shards"), "is damaged"),
+        (lambda m: m.pop("shards"), "is damaged.*expected the keys"),
         (lambda m: m["shards"][0].pop("sha256"), "is damaged"),
-        (lambda m: m["shards"][0].update(file="../secret.arrow"), "outside its folder"),
-        (lambda m: m["targets"].update(other={}), "does not have the manifest's columns"),
+        (lambda m: m["shards"].reverse(), "SHA-256 differs"),
+        (lambda m: m["targets"]["gap"].update(unit="Ha"), "SHA-256 differs"),
+        (lambda m: m["targets"].update(other={}), "SHA-256 differs"),
+        (lambda m: m.update(version=1), "is damaged.*expected the keys"),
     ],
 )
-def test_a_wrong_manifest_is_refused(folder, change, message):
-    manifest = json.loads((folder / MANIFEST).read_text())
-    change(manifest)
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+def test_a_changed_manifest_is_refused(folder, change, message):
+    rewrite(folder, change)
+    with pytest.raises(DatasetError, match=message):
+        CrystalDataset.open(folder, verify=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["shards"][0].update(file="../secret.arrow"), "outside its folder"),
+        (lambda m: m["targets"].update(other={}), "does not have the columns"),
+        (lambda m: m["targets"].update(gap={"unit": 1}), "target 'gap'"),
+        (lambda m: m.update(sha255=""), "is damaged.*expected the keys"),
+        (lambda m: m["shards"][0].update(crystals="7"), "is damaged.*crystals is '7'"),
+        (lambda m: m.update(crystals=21), "do not add up to 21"),
+    ],
+)
+def test_an_older_manifest_without_a_hash_is_checked(folder, change, message):
+    rewrite(folder, as_version_1)
+    assert len(CrystalDataset.open(folder)) == 20
+    rewrite(folder, change)
     with pytest.raises(DatasetError, match=message):
         CrystalDataset.open(folder)
+
+
+def test_only_the_content_of_the_manifest_counts(folder):
+    text = (folder / MANIFEST).read_text()
+    for same in (text.replace("\n", "\r\n\t"), json.dumps(json.loads(text), ensure_ascii=True)):
+        (folder / MANIFEST).write_text(same)
+        assert len(CrystalDataset.open(folder)) == 20
+
+
+def test_a_file_changed_while_it_is_open_leads_nowhere(folder):
+    dataset = CrystalDataset.open(folder)
+    file = folder / "shard-00000.arrow"
+    content = file.read_bytes()
+    offsets = dataset.num_atoms[:7].cumsum().astype(np.int32)
+    at = content.index(offsets.tobytes())
+    for wrong in (10**9, -5):
+        damaged = bytearray(content)
+        damaged[at : at + 4] = np.int32(wrong).tobytes()
+        with file.open("r+b") as opened:
+            opened.write(damaged)
+        with pytest.raises(DatasetError, match="changed while it was open"):
+            dataset.gather([1])
+
+
+def test_ids_are_a_sequence_of_names(folder, crystals):
+    batch = CrystalDataset.open(folder).gather([3, 19, 3])
+    expected = tuple(crystals["ids"][i] for i in (3, 19, 3))
+    assert (*batch.ids,) == expected
+    assert (len(batch.ids), batch.ids[-1], batch.ids[1:]) == (3, expected[2], expected[1:])
+    assert batch.ids == expected
+    assert batch.ids == list(expected)
+    assert expected == batch.ids
+    assert batch.ids != expected[:2]
+    assert batch.ids != "abc"
+    assert ", ".join(batch.ids) == ", ".join(expected)
+    assert pickle.loads(pickle.dumps(batch)).ids == expected
 
 
 def test_what_is_no_dataset_is_refused(tmp_path, folder):
