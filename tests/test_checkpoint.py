@@ -1,8 +1,10 @@
+import errno
 import json
 import os
 
 import pytest
 import torch
+from faults import ERRORS, Child, failing, killing, watched
 from safetensors.torch import load_file, save_file
 
 from mgt_fast.checkpoint import (
@@ -78,14 +80,48 @@ def _umask():
     return mask
 
 
-def test_a_failed_write_leaves_the_old_file(saved, monkeypatch):
-    path, _, meta = saved
-    before = path.read_bytes()
-    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        save_checkpoint(path, network(seed=1), meta)
-    assert path.read_bytes() == before
-    assert [file.name for file in path.parent.iterdir()] == [BEST]
+@pytest.mark.parametrize("code", ERRORS, ids=errno.errorcode.get)
+def test_a_full_or_failing_disk_leaves_the_earlier_checkpoint(code, tmp_path):
+    path, models = tmp_path / BEST, [network(seed) for seed in (1, 2)]
+    old, new = (CheckpointMeta(model=model.config, epoch=epoch) for epoch, model in enumerate(models))
+    with watched() as operations:
+        save_checkpoint(path, models[0], old)
+    assert operations == ["open", "write", "fsync", "replace", "fsync", "unlink"]
+    for at, operation in enumerate(operations):
+        save_checkpoint(path, models[0], old)
+        with (
+            pytest.raises(OSError, match=r"best\.safetensors could not be written") as failure,
+            watched(failing(at, code)),
+        ):
+            save_checkpoint(path, models[1], new)
+        assert failure.value.errno == code
+        for text in (
+            os.strerror(code),
+            str(tmp_path),
+            "bytes, and ",
+            "are free in",
+            "the earlier best.safetensors is whole",
+        ):
+            assert text in str(failure.value)
+        if operation != "unlink":
+            assert os.listdir(tmp_path) == [BEST]
+        assert load_checkpoint(path)[1] == (new if at > operations.index("replace") else old)
+
+
+def test_a_killed_process_leaves_the_earlier_or_the_new_checkpoint(tmp_path):
+    path, models = tmp_path / BEST, [network(seed) for seed in (1, 2)]
+    old, new = (CheckpointMeta(model=model.config, epoch=epoch) for epoch, model in enumerate(models))
+    found = []
+    for at, torn in [*((at, False) for at in range(6)), (1, True)]:
+
+        def die(at=at, torn=torn):
+            with watched(killing(at, torn)):
+                save_checkpoint(path, models[1], new)
+
+        save_checkpoint(path, models[0], old)
+        assert Child(die).result() is None
+        found.append(load_checkpoint(path)[1].epoch)
+    assert found == [0, 0, 0, 0, 1, 1, 0]
 
 
 @pytest.mark.parametrize("where", [0.3, 0.9])

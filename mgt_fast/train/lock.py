@@ -54,17 +54,8 @@ class FolderLock:
         if self._file in _held:
             raise RuntimeError(f"{self.folder} is locked through this object already")
         self.folder.mkdir(parents=True, exist_ok=True)
-        while True:
-            file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            try:
-                self._flock(file)
-                if self._is_at_path(file):
-                    self._sign(file)
-                    break
-            except BaseException:
-                os.close(file)
-                raise
-            os.close(file)  # its last holder removed it between our opening and locking it
+        while (file := self._try()) is None:
+            pass  # whoever held it has just given it back
         self._file = file
         _held.add(file)
         return self
@@ -83,20 +74,30 @@ class FolderLock:
     def __exit__(self, *exception) -> None:
         self.release()
 
-    def _flock(self, file: int) -> None:
+    def _try(self) -> int | None:
+        """Return the descriptor that holds the lock, None if there is reason to try again."""
+        file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        held = False
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if self._is_at_path(file):
+                self._sign(file)
+                held = True
         except BlockingIOError:
-            raise FolderLockedError(
-                f"{self.folder} is being written by {self._holder()}; wait for it, stop it, or choose "
-                "another folder"
-            ) from None
+            holder = self._holder()
+            if holder is not None:
+                remedy = "wait for it, stop it, or choose another folder"
+                raise FolderLockedError(f"{self.folder} is being written by {holder}; {remedy}") from None
         except OSError as error:
             if error.errno in _NO_LOCKS:
                 remedy = "mount it with locks (Lustre: -o flock) or choose a folder elsewhere"
                 text = f"the file system of {self.folder} has no locks ({error.strerror}); {remedy}"
                 raise OSError(error.errno, text) from error
             raise
+        finally:
+            if not held:
+                os.close(file)
+        return file if held else None
 
     def _is_at_path(self, file: int) -> bool:
         try:
@@ -111,14 +112,16 @@ class FolderLock:
         os.ftruncate(file, 0)
         write_all(file, json.dumps(holder).encode())
 
-    def _holder(self) -> str:
-        """Describe the process that holds the lock, which may be just about to sign."""
+    def _holder(self) -> str | None:
+        """Describe the process that holds the lock, which may be about to sign; None if it has ended."""
         end = time.monotonic() + _PATIENCE
         while time.monotonic() < end:
             try:
                 holder = json.loads(self.path.read_bytes())
                 host, pid, since = holder["host"], holder["pid"], holder["since"]
-            except (OSError, ValueError, TypeError, KeyError):
+            except FileNotFoundError:
+                return None
+            except (ValueError, TypeError, KeyError):
                 host = None
             if host is not None and (host != socket.gethostname() or _is_alive(pid)):
                 return f"process {pid} on {host} since {since}"

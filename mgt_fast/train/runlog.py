@@ -25,9 +25,10 @@ _FILES = (CONFIG, METRICS, STEPS, RESULTS, PREDICTIONS, BEST, LAST)
 _TENSORBOARD = "tensorboard"
 _BUFFER = 2**16  # bytes of lines held back at most
 
-# Settings (dotted, or a whole section) that cannot change what a run computes, so that it may be resumed with
-# others; and why the usual suspects are not among them.
-FREE_KEYS = ("threads", "tensorboard", "checkpoint")
+# Settings (dotted, or a whole section) that decide where and how a run computes, not what: it may be resumed
+# with others, as on another number of ranks.
+FREE_KEYS = ("threads", "tensorboard", "checkpoint", "memory_gib", "data.resident")
+# Why the others that one would change are not among them.
 _REASONS = {
     "optim.epochs": "the learning rate's schedule spans all epochs",
     "optim.batch_size": "it decides which crystals a step sees",
