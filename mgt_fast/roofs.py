@@ -90,6 +90,14 @@ def measure_ceilings(
     return found
 
 
+def operation_name(name: str) -> str:
+    """Return what an operation and its variant in place have in common, as "aten::add".
+
+    Which of the two adds up gradients is autograd's choice, and another one while operations are counted.
+    """
+    return name.removesuffix("_")
+
+
 @dataclass
 class Tally:
     """What the calls of one operation must do at least, together.
@@ -117,7 +125,7 @@ class OperationCounter(TorchDispatchMode):
         ceilings: see `measure_ceilings`.
 
     Attributes:
-        tallies: by name, as profilers show it ("aten::mm").
+        tallies: by `operation_name`.
     """
 
     def __init__(self, ceilings: dict[str, float]):
@@ -133,7 +141,7 @@ class OperationCounter(TorchDispatchMode):
             name = func._schema.name
             formula = FLOP_FORMULAS.get(name) or flop_registry.get(func.overloadpacket)
             flops = 0 if formula is None else formula(*args, **kwargs, out_val=out)
-            tally = self.tallies.setdefault(name, Tally())
+            tally = self.tallies.setdefault(operation_name(name), Tally())
             tally.calls += 1
             tally.flops += flops
             tally.bytes += num_bytes

@@ -57,12 +57,12 @@ X, INDEX = torch.ones(100, 10), torch.tensor([3, 4])
     ("run", "name", "num_bytes"),
     [
         (lambda: X + 1, "aten::add", 8000),
-        (lambda: X.clone().add_(X), "aten::add_", 12000),
-        (lambda: torch.empty(100, 10).copy_(X), "aten::copy_", 8000),
-        (lambda: torch.empty(100, 10).zero_(), "aten::zero_", 4000),
+        (lambda: X.clone().add_(X), "aten::add", 12000),  # in place or not
+        (lambda: torch.empty(100, 10).copy_(X), "aten::copy", 8000),
+        (lambda: torch.empty(100, 10).zero_(), "aten::zero", 4000),
         (lambda: X.index_select(0, INDEX), "aten::index_select", 2 * 80 + 16),
         (lambda: X[INDEX], "aten::index", 2 * 80 + 16),
-        (lambda: X.clone().index_put_((INDEX,), X[:2]), "aten::index_put_", 3 * 80 + 2 * 16),
+        (lambda: X.clone().index_put_((INDEX,), X[:2]), "aten::index_put", 3 * 80 + 2 * 16),
         (lambda: torch.ones(1, 10).expand(100, 10) + 1, "aten::add", 40 + 4000),
         (lambda: torch.cat([X, X]), "aten::cat", 16000),
     ],
