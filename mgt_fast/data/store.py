@@ -315,14 +315,7 @@ class CrystalDataset:
             IndexError: for a position outside the dataset.
             TypeError: if `indices` are not whole numbers.
         """
-        indices = np.asarray(indices)
-        if indices.size == 0:
-            indices = indices.astype(np.int64)
-        if indices.dtype.kind not in "iu":
-            raise TypeError(
-                f"indices are {indices.dtype}, expected whole numbers (for a mask: np.flatnonzero)"
-            )
-        indices = np.ascontiguousarray(indices, dtype=np.int64)
+        indices = whole_numbers(indices)
         try:
             arrays = self._reader.gather(indices)
         except RuntimeError as error:
@@ -335,6 +328,14 @@ class CrystalDataset:
     def stored_edge_counts(self, max_neighbors: int, shell_tolerance: float) -> np.ndarray | None:
         """Return the edges of each crystal's graph, (n,) int32, 0 for no graph, or None if not stored."""
         return self._edge_counts.get((max_neighbors, shell_tolerance))
+
+
+def whole_numbers(indices) -> np.ndarray:
+    """Return a copy of indices as int64; TypeError if they are not whole numbers."""
+    indices = np.asarray(indices)
+    if indices.dtype.kind not in "iu" and indices.size:
+        raise TypeError(f"indices are {indices.dtype}, expected whole numbers (for a mask: np.flatnonzero)")
+    return indices.astype(np.int64)
 
 
 def _joined(columns: list[pa.Array], dtype) -> np.ndarray:
