@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from mgt_fast import elements
 from mgt_fast.elements import cgcnn_features, has_features
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -47,3 +48,11 @@ def test_the_model_needs_no_data_path():
     ).stdout.split()
     assert "mgt_fast.elements" in modules
     assert not [name for name in modules if name.startswith(("mgt_fast.data", "pyarrow"))]
+
+
+def test_features_do_not_depend_on_the_default_device_at_first_use():
+    elements._read_features.cache_clear()
+    with torch.device("meta"):
+        features = elements.cgcnn_features()
+    assert features.device.type == "cpu"
+    assert torch.equal(features[6], elements.cgcnn_features()[6])

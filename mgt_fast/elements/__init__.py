@@ -16,13 +16,14 @@ FEATURES_FILE = Path(__file__).with_name("cgcnn_features.txt")
 
 @cache
 def _read_features() -> torch.Tensor:
-    features = torch.full((MAX_ATOMIC_NUMBER + 1, NUM_FEATURES), torch.nan)
+    # What is kept must not depend on a default device (torch.device as a context) at the first call.
+    features = torch.full((MAX_ATOMIC_NUMBER + 1, NUM_FEATURES), torch.nan, device="cpu")
     features[0] = 0
     for line in FEATURES_FILE.read_text().splitlines():
         if not line.startswith("#"):
             atomic_number, bits = line.split()
             features[int(atomic_number)] = torch.tensor(
-                [float(b) for b in f"{int(bits, 16):0{NUM_FEATURES}b}"]
+                [float(b) for b in f"{int(bits, 16):0{NUM_FEATURES}b}"], device="cpu"
             )
     return features
 
