@@ -142,8 +142,8 @@ class ChunkStatistics:
         if self._direction == "forward":
             self._add(norm, found)
         if "forward" in self._known:
-            found = self._known["forward"][self._place[norm]]
-        return _unpacked(found, own.mean.dtype)
+            return _unpacked(self._known["forward"][self._place[norm]], own.mean.dtype)
+        return own._replace(var=own.var.where(found[0] > 0, 1))
 
     def backward(self, norm: BatchNorm, sums: torch.Tensor) -> torch.Tensor:
         """Return what the sweep before found, or zeros."""

@@ -124,7 +124,7 @@ class _GatedAttention(torch.autograd.Function):
         grad_x, grad_weight, grad_key_w, grad_key_b = _backward_keys(
             grad_norm, grad_near, grad_pre, *inputs, key_w, *normalising[:-1], averages, rows.count
         )
-        first = grad_near[:, channels:] if grad_pre is None else grad_pre.view(edges, -1)
+        first = grad_near[:, channels:] if grad_pre is None else grad_pre.view(edges, num_keys * 2 * channels)
         grad_far = sum_rows(first, rows.far.order, rows.far.ptr, backend="triton").view_as(far)
         if rows.near is not None:
             grad_near = sum_rows(grad_near, rows.near.order, rows.near.ptr, backend="triton")

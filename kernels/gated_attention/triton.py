@@ -486,9 +486,9 @@ def backward_keys(
         QUERY_STRIDE=grad_query.stride(0), **constants,
     )  # fmt: skip
     if apart:
-        by_edge = (run.num_edges, run.num_keys, -1)
-        torch.sum(grad_query.view(by_edge), 1, out=grad_near[:, : run.channels])
-        torch.sum(grad_pre.view(by_edge), 1, out=grad_near[:, run.channels :])
+        by_edge = (run.num_edges, run.num_keys)
+        torch.sum(grad_query.unflatten(0, by_edge), 1, out=grad_near[:, : run.channels])
+        torch.sum(grad_pre.unflatten(0, by_edge), 1, out=grad_near[:, run.channels :])
     grad_key = grad_norm  # the kernel has replaced one by the other
     return (
         (grad_pre @ weight).view_as(x),
