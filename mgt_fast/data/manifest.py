@@ -83,7 +83,8 @@ def read_manifest(folder: Path) -> dict:
         version = manifest.get("version")
         if isinstance(version, bool) or version not in _KEYS:
             raise DatasetError(
-                f"{file} has format version {version}, this program reads 1 and 2; prepare the dataset again"
+                f"{file} has format version {version!s:.50}, this program reads 1 and 2; "
+                "prepare the dataset again"
             )
         _check_keys(manifest, _KEYS[version])
         if version > 1 and manifest["sha256"] != _content_hash(manifest):
