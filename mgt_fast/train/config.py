@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -29,6 +29,8 @@ from pydantic import (
 from ..config import MGTConfig
 
 CONFIG_DIR = Path(__file__).parent.parent / "configs"
+_LARGEST_FILE = 2**18  # bytes
+_MOST_FAULTS = 20  # in one message
 
 
 class ConfigError(ValueError):
@@ -240,7 +242,7 @@ def load_config(
         base: values that the file and the overrides may replace (what a checkpoint prescribes).
 
     Raises:
-        ConfigError: naming the file and every key at fault, with close matches of unknown keys.
+        ConfigError: naming the file and the keys at fault, with close matches of unknown keys.
     """
     values = _merge(kind().model_dump(), base or {})
     if path is not None:
@@ -251,7 +253,9 @@ def load_config(
         return kind.model_validate(values)
     except ValidationError as error:
         where = f"configuration {path}" if path is not None else "configuration"
-        lines = [_describe(kind, detail) for detail in error.errors()]
+        lines = [_describe(kind, detail) for detail in error.errors()[:_MOST_FAULTS]]
+        if error.error_count() > _MOST_FAULTS:
+            lines.append(f"and {error.error_count() - _MOST_FAULTS} more")
         raise ConfigError(f"{where}: " + "; ".join(lines)) from None
 
 
@@ -274,19 +278,26 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice instead of keeping the last."""
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ConfigError(f"{node.start_mark.name}: key {key!r} is given twice")
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable):  # the others are refused below
+                if key in seen:
+                    raise ConfigError(f"{node.start_mark.name}: key {key!r} is given twice")
+                seen.add(key)
         return super().construct_mapping(node, deep)
 
 
 def _read_yaml(path: Path) -> dict:
-    with path.open(encoding="utf-8") as file:
-        try:
+    if (size := path.stat().st_size) > _LARGEST_FILE:
+        raise ConfigError(f"{path} has {size} bytes; a configuration has {_LARGEST_FILE} at most")
+    try:
+        with path.open(encoding="utf-8") as file:
             values = yaml.load(file, _UniqueKeyLoader)  # a SafeLoader
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -302,8 +313,8 @@ def _parse_override(text: str) -> dict:
         raise ConfigError(f"--set {text!r}: expected section.key=value, for example optim.lr=1e-3")
     try:
         nested = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {text!r}: {value!r} is not valid YAML: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"--set {key}={value:.100}: the value is not valid YAML: {error}") from None
     for part in reversed(parts):
         nested = {part: nested}
     return nested
