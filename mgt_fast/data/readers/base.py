@@ -301,7 +301,7 @@ class _Unpacked(io.RawIOBase):
         return True
 
     def readinto(self, buffer) -> int:
-        count = self._file.readinto(buffer)
+        count = self._file.readinto(memoryview(buffer)[:_PIECE])  # so that the limit is seen in time
         if self._file.tell() > self._limit:
             raise DamagedError(f"it unpacks to more than {self._limit} bytes; if that is meant, unpack it")
         return count
