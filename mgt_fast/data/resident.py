@@ -2,8 +2,8 @@
 
 Positions and cells are held in double precision, exactly as they are stored, so that their graphs are the
 same bit for bit: 25 bytes an atom and 83 a crystal, 333 bytes for ten atoms; 10^8 such crystals take 33 GB.
-Narrower positions would save a third of it, but not without harm: rounded to 2^-32 of a cell edge, they give a
-dozen of the 6,317 bundled crystals another lattice frame.
+Narrower positions would save a third of it, but not without harm: rounded to 2^-32 of a cell edge, they give
+a dozen of the 6,317 bundled crystals another lattice frame.
 """
 
 from __future__ import annotations
