@@ -36,12 +36,10 @@ class DatasetIds(_Names):
     def take(self, indices: np.ndarray) -> tuple[str, ...]:
         """Return the ids of the crystals at `indices`, (B,) int64 from 0 to len - 1."""
         shard = np.searchsorted(self._shard_ptr, indices, side="right") - 1
-        ids = np.empty(len(indices), dtype=object)
-        for s in np.unique(shard):
-            members = np.flatnonzero(shard == s)
-            rows = pa.array(indices[members] - self._shard_ptr[s])
-            ids[members] = self._columns[s].take(rows).to_pylist()
-        return tuple(ids)
+        rows = indices - self._shard_ptr[shard]
+        columns = self._columns
+        # One by one: a batch has few crystals of any one shard.
+        return tuple(columns[s][row].as_py() for s, row in zip(shard.tolist(), rows.tolist(), strict=True))
 
     def __len__(self) -> int:
         return int(self._shard_ptr[-1])
