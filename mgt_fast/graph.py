@@ -327,8 +327,11 @@ def network_input(
 
 
 def _check_elements(crystals: CrystalBatch) -> None:
+    _check_tensors(crystals)
     numbers, batch_ptr = crystals.numbers.cpu(), crystals.batch_ptr.cpu()
-    unknown = torch.nonzero(~torch.from_numpy(has_features())[numbers]).flatten()
+    # Element 0 is none, and stands in for numbers outside the table.
+    known = torch.from_numpy(has_features())
+    unknown = torch.nonzero(~known[numbers.where((numbers > 0) & (numbers < len(known)), 0)]).flatten()
     if unknown.numel():
         atom = int(unknown[0])
         b = int(torch.searchsorted(batch_ptr, atom, right=True)) - 1

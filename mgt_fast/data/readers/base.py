@@ -201,7 +201,7 @@ def target_value(raw: object) -> float | None:
     try:
         return float(raw)
     except OverflowError:  # an int of more than 308 digits
-        return math.copysign(math.inf, raw)
+        return math.inf if raw > 0 else -math.inf
 
 
 @cache
