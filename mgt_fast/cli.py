@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -40,6 +41,17 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what
 ModelOption = Annotated[Path, typer.Option("--model", "-m", help="Checkpoint file, or a run folder's best.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Crystals at a time.")]
+ResumeOption = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Continue the run in the output folder from its last saved state; begin it if there is none.",
+    ),
+]
+ResumeFromOption = Annotated[
+    str | None,
+    typer.Option("--resume-from", metavar="STATE", help="Continue from this state, as step-000001200."),
+]
 WorkersOption = Annotated[
     int | None,
     typer.Option("--workers", "-j", min=0, help="Processes that parse crystals; one a core when absent."),
@@ -56,11 +68,17 @@ def main(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of
 @contextmanager
 def _reported_errors() -> Iterator[None]:
     """Print what is wrong with the user's input in one line instead of a traceback, and exit with 1."""
+    from .distributed import RankError
+    from .train.interrupt import RunStoppedError
     from .train.loop import NonFiniteLossError
 
+    expected = (ValueError, OSError, ImportError, NotImplementedError, NonFiniteLossError, RankError)
     try:
         yield
-    except (ValueError, OSError, ImportError, NotImplementedError, NonFiniteLossError) as error:
+    except RunStoppedError as stopped:
+        err.print(str(stopped), markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(128 + (stopped.signal or 0)) from None
+    except expected as error:
         if _debug:
             raise
         err.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True, style="red")
@@ -76,8 +94,31 @@ def _pairs(texts: list[str] | None, option: str) -> dict[str, str]:
     return {key: value for key, _, value in pairs}
 
 
-def _run_folder(folder: Path | None, command: str) -> Path:
-    return folder or Path("runs") / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}"
+@dataclass(frozen=True)
+class _RunOptions:
+    """Where a run is written, and whether it continues."""
+
+    folder: Path
+    path: str | None
+    resume: bool
+    resume_from: int | None
+
+
+def _run_options(
+    command: str, config: str | None, folder: Path | None, resume: bool, resume_from: str | None
+) -> _RunOptions:
+    """Say which configuration file a run reads: the run folder's own if it continues and names no other."""
+    from .train.runlog import CONFIG
+    from .train.runstate import step_of
+
+    resume = resume or resume_from is not None
+    if folder is None:
+        if resume:
+            raise ValueError("--resume: name the run folder to continue (--output)")
+        folder = Path("runs") / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}"
+    own = folder / CONFIG
+    path = str(own) if resume and config is None and own.is_file() else config
+    return _RunOptions(folder, path, resume, None if resume_from is None else step_of(resume_from))
 
 
 @app.command()
@@ -111,6 +152,9 @@ def prepare(
     ] = None,
     workers: WorkersOption = None,
     shard_size: Annotated[int | None, typer.Option(min=1, help="Crystals a shard.")] = None,
+    max_neighbors: Annotated[
+        int, typer.Option(min=0, help="Count edges for runs with so many neighbours; 0: do not count.")
+    ] = 25,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Read crystals in many formats into one dataset; every record is stored or listed in rejects.csv."""
@@ -130,6 +174,7 @@ def prepare(
             format=format_,
             workers=workers,
             shard_size=shard_size or DEFAULT_SHARD_SIZE,
+            max_neighbors=max_neighbors or None,
             overwrite=overwrite,
             console=err,
         )
@@ -144,14 +189,28 @@ def pretrain(
     set_: SetOption = None,
     output: FolderOption = None,
     overwrite: OverwriteOption = False,
+    resume: ResumeOption = False,
+    resume_from: ResumeFromOption = None,
 ) -> None:
     """Pretrain on crystals without labels: contrast between the views, and denoising."""
     with _reported_errors():
+        from .distributed import joined_ranks
         from .train import config as configs
         from .train.pretrain import pretrain as run
+        from .train.setup import resolve_device
 
-        settings = configs.load_config(configs.PretrainConfig, config, set_ or ())
-        run(settings, _run_folder(output, "pretrain"), out, overwrite)
+        options = _run_options("pretrain", config, output, resume, resume_from)
+        settings = configs.load_config(configs.PretrainConfig, options.path, set_ or ())
+        with joined_ranks(resolve_device(settings.device)) as ranks:
+            run(
+                settings,
+                ranks.gather(options.folder)[0],
+                out,
+                overwrite,
+                resume=options.resume,
+                resume_from=options.resume_from,
+                ranks=ranks,
+            )
 
 
 @app.command()
@@ -163,17 +222,31 @@ def finetune(
     ] = None,
     output: FolderOption = None,
     overwrite: OverwriteOption = False,
+    resume: ResumeOption = False,
+    resume_from: ResumeFromOption = None,
 ) -> None:
     """Learn a property, from a pretrained checkpoint or from scratch, and score it on val and test."""
     with _reported_errors():
         from .checkpoint import load_checkpoint
+        from .distributed import joined_ranks
         from .train import config as configs
         from .train.finetune import finetune as run
-        from .train.setup import values_from_checkpoint
+        from .train.setup import resolve_device, values_from_checkpoint
 
+        options = _run_options("finetune", config, output, resume, resume_from)
         base = None if start is None else values_from_checkpoint(load_checkpoint(start)[1])
-        settings = configs.load_config(configs.FinetuneConfig, config, set_ or (), base)
-        run(settings, _run_folder(output, "finetune"), out, start, overwrite)
+        settings = configs.load_config(configs.FinetuneConfig, options.path, set_ or (), base)
+        with joined_ranks(resolve_device(settings.device)) as ranks:
+            run(
+                settings,
+                ranks.gather(options.folder)[0],
+                out,
+                start,
+                overwrite,
+                resume=options.resume,
+                resume_from=options.resume_from,
+                ranks=ranks,
+            )
 
 
 @app.command()
@@ -197,20 +270,19 @@ def evaluate(
     """Report MAE and RMSE of a checkpoint over every crystal of a part that has the target."""
     with _reported_errors():
         from .checkpoint import load_model
-        from .data import CrystalDataset
+        from .distributed import joined_ranks
         from .inference import check_new_table, write_table
         from .train.evaluate import evaluate as run
-        from .train.setup import resolve_device
+        from .train.setup import open_dataset, resolve_device
 
-        if output is not None:
-            check_new_table(output, overwrite)
-        result = run(
-            load_model(model, device=resolve_device(device)),
-            CrystalDataset.open(dataset),
-            split,
-            target,
-            batch_size,
-        )
+        with joined_ranks(resolve_device(device)) as ranks:
+            with ranks.together():
+                if output is not None:
+                    check_new_table(output, overwrite)
+                network = load_model(model, device=resolve_device(device))
+            result = run(network, open_dataset(dataset, ranks), split, target, batch_size, ranks)
+        if not ranks.is_main:
+            return
         unit = f" {result.table.unit}" if result.table.unit else ""
         found = result.errors
         typer.echo(
@@ -244,14 +316,20 @@ def predict(
         from dataclasses import asdict
 
         from .checkpoint import load_model
+        from .distributed import joined_ranks
         from .inference import check_new_table, predict_paths, write_table
         from .train.setup import resolve_device
 
         rejects_path = output.with_suffix(".rejects.csv")
-        for path in (output, rejects_path):
-            check_new_table(path, overwrite)
-        network = load_model(model, device=resolve_device(device))
-        table, rejects = predict_paths(network, paths, batch_size, workers, err)
+        with joined_ranks(resolve_device(device)) as ranks:
+            with ranks.together():
+                for path in (output, rejects_path):
+                    check_new_table(path, overwrite)
+                network = load_model(model, device=resolve_device(device))
+            console = err if ranks.is_main else None
+            table, rejects = predict_paths(network, paths, batch_size, workers, console, ranks)
+        if not ranks.is_main:
+            return
         for path in (output, rejects_path):
             path.unlink(missing_ok=True)
         count = 0 if table is None else len(table)

@@ -78,6 +78,18 @@ class CrystalGraph:
                 moved[field.name] = value.to(device, dtype if value.is_floating_point() else None)
         return replace(self, **moved)
 
+    def check_status(self) -> None:
+        """Wait for a graph that was built with room for exactly its edges, and see whether all is well.
+
+        Raises:
+            ValueError: as `ListStatus.check`; if there are fewer edges than there was room for.
+        """
+        if self.status is not None and (found := self.status.check()) != self.num_edges:
+            raise ValueError(
+                f"{self.num_edges} edges were expected and {found} found in the graphs of "
+                f"{', '.join(self.ids)}; the stored counts are those of other crystals: prepare them again"
+            )
+
 
 @dataclass(frozen=True)
 class NeighborList:
@@ -303,6 +315,7 @@ def network_input(
     *,
     max_neighbors: int,
     compat: str | None,
+    num_edges: int | None = None,
 ) -> CrystalGraph:
     """Build the graphs that a network takes: on its device, with lengths in its floating-point type.
 
@@ -314,21 +327,27 @@ def network_input(
         device: where the network is.
         dtype: the network's floating-point type.
         max_neighbors, compat: see `build_graph`.
+        num_edges: how many edges there are, where that is known: crystals that are on a CUDA device already
+            become graphs there without the host waiting; `CrystalGraph.check_status` waits, later.
 
     Raises:
         TypeError, ValueError: as `build_graph`; for an element without features, naming structure, atom and
-            atomic number (a network on a device could only fail an assertion there).
+            atomic number (crystals on a CUDA device are not looked at: a network asserts it there).
         RuntimeError: on a CUDA device without CuPy.
     """
-    _check_elements(crystals)
+    on_device = crystals.numbers.is_cuda
+    if not on_device:
+        _check_elements(crystals)
     if compat is None and device.type == "cuda":
         crystals = crystals.to(device)
-    return build_graph(crystals, max_neighbors=max_neighbors, compat=compat).to(device=device, dtype=dtype)
+    max_edges = num_edges if on_device else None
+    graph = build_graph(crystals, max_neighbors=max_neighbors, compat=compat, max_edges=max_edges)
+    return graph.to(device=device, dtype=dtype)
 
 
 def _check_elements(crystals: CrystalBatch) -> None:
     _check_tensors(crystals)
-    numbers, batch_ptr = crystals.numbers.cpu(), crystals.batch_ptr.cpu()
+    numbers, batch_ptr = crystals.numbers, crystals.batch_ptr
     # Element 0 is none, and stands in for numbers outside the table.
     known = torch.from_numpy(has_features())
     unknown = torch.nonzero(~known[numbers.where((numbers > 0) & (numbers < len(known)), 0)]).flatten()

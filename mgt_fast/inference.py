@@ -23,6 +23,7 @@ from .data.ingest import CHUNK_SIZE, LONGEST_VALUE, chunks
 from .data.parse import ParseOptions, parse_all
 from .data.readers.inputs import Inputs
 from .data.store import MANIFEST
+from .distributed import Ranks
 from .graph import CrystalGraph, network_input
 from .model import MGT
 from .structures import CrystalBatch
@@ -158,28 +159,37 @@ def prediction_meta(model: MGT) -> CheckpointMeta:
     return getattr(model, "meta", None) or CheckpointMeta(model=model.config)
 
 
-@torch.no_grad()
 def predict_graphs(model: MGT, graphs: Iterable[CrystalGraph]) -> PredictionTable:
-    """Predict the crystals of some batches of graphs, in eval mode.
+    """Predict the crystals of some batches of graphs as one table; see `predict_batches`.
+
+    Raises:
+        ValueError: as `predict_batches`; if there is no crystal.
+    """
+    tables = predict_batches(model, graphs)
+    if not tables:
+        raise ValueError("no crystals to predict")
+    return PredictionTable.concatenate(tables)
+
+
+@torch.no_grad()
+def predict_batches(model: MGT, graphs: Iterable[CrystalGraph]) -> list[PredictionTable]:
+    """Predict the crystals of some batches of graphs, in eval mode; one table a batch.
 
     Args:
         model: a network for prediction; its mode is left as it was.
         graphs: batches on the model's device, in its floating-point type.
 
     Raises:
-        ValueError: if the network is one for pretraining, there is no crystal, or a prediction is not
-            finite; the message names the crystals.
+        ValueError: if the network is one for pretraining, or a prediction is not finite; the message names
+            the crystals.
     """
     meta = prediction_meta(model)
     was_training = model.training
     model.eval()
     try:
-        tables = [_predict_graph(model, graph, meta) for graph in graphs]
+        return [_predict_graph(model, graph, meta) for graph in graphs]
     finally:
         model.train(was_training)
-    if not tables:
-        raise ValueError("no crystals to predict")
-    return PredictionTable.concatenate(tables)
 
 
 def _predict_graph(model: MGT, graph: CrystalGraph, meta: CheckpointMeta) -> PredictionTable:
@@ -191,7 +201,7 @@ def _predict_graph(model: MGT, graph: CrystalGraph, meta: CheckpointMeta) -> Pre
         raise ValueError(f"predictions are not finite for {names}; are their cells and atoms sensible?")
     contributions = output.contributions
     return PredictionTable(
-        ids=graph.ids,
+        ids=tuple(graph.ids),
         prediction=prediction[:, 0] if prediction.shape[1] == 1 else prediction,
         contributions=None if contributions is None else contributions.double().cpu().numpy(),
         target=meta.target,
@@ -265,7 +275,7 @@ def predict_dataset(
     Returns:
         The predictions in the dataset's order, None if there are none; and the crystals left out.
     """
-    return _collect([_predict_dataset(model, dataset, batch_size)])
+    return _collect([_predict_rows(model, dataset, _batches(dataset, batch_size))])
 
 
 def predict_paths(
@@ -274,6 +284,7 @@ def predict_paths(
     batch_size: int = 64,
     workers: int | None = None,
     console: Console | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[PredictionTable | None, list[Reject]]:
     """Predict the crystals of files, folders, archives (all that `data.prepare` reads) and datasets.
 
@@ -286,6 +297,7 @@ def predict_paths(
         batch_size: crystals at a time.
         workers: processes that read files; None for one a core, 0 for none (see `data.prepare`).
         console: where progress and files without crystals are reported; None for nowhere.
+        ranks: that take turns at the batches and all get the result; None for a single one.
 
     Returns:
         The predictions, None if there are none; and the records left out.
@@ -294,35 +306,70 @@ def predict_paths(
         PrepareError, DatasetError: if a path is missing or of an unknown format.
     """
     prediction_meta(model)  # complains before anything is read
+    ranks = ranks or Ranks()
     unique = list(dict.fromkeys(map(Path, paths)))
     is_dataset = [(path / MANIFEST).is_file() for path in unique]
-    datasets = [CrystalDataset.open(path) for path in itertools.compress(unique, is_dataset)]
     files = [path for path, is_one in zip(unique, is_dataset, strict=True) if not is_one]
-    inputs = Inputs(files) if files else None
-    with nullcontext() if console is None else console.status("predicting") as status:
-        results = [_predict_dataset(model, dataset, batch_size) for dataset in datasets]
-        for result in _predict_files(model, inputs, batch_size, workers) if inputs else ():
-            results.append(result)
-            if status is not None:
-                status.update(f"{sum(len(sources) for _, sources, _ in results)} crystals predicted")
+    results: list[tuple[int, _Result]] = []
+    with ranks.together():
+        datasets = [CrystalDataset.open(path) for path in itertools.compress(unique, is_dataset)]
+        inputs = Inputs(files) if files else None
+        with nullcontext() if console is None else console.status("predicting") as status:
+            for result in _own_results(model, datasets, inputs, batch_size, workers, ranks):
+                results.append(result)
+                if status is not None:
+                    done = sum(len(sources) for _, (_, sources, _) in results)
+                    status.update(f"{done * ranks.size} crystals predicted")
     for note in inputs.notes if inputs and console is not None else ():
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
-    return _collect(results)
+    everyone = itertools.chain.from_iterable(ranks.gather(results))
+    return _collect([result for _, result in sorted(everyone, key=lambda entry: entry[0])])
 
 
 # Tables of batches, where each of their crystals comes from, and the crystals left out.
 _Result = tuple[list[PredictionTable], list[str], list[Reject]]
 
 
-def _predict_dataset(model: MGT, dataset: CrystalDataset, batch_size: int) -> _Result:
-    return _predict_rows(model, dataset, [f"{dataset.path}: {name}" for name in dataset.ids], batch_size)
+def _own_results(
+    model: MGT,
+    datasets: Sequence[CrystalDataset],
+    inputs: Inputs | None,
+    batch_size: int,
+    workers: int | None,
+    ranks: Ranks,
+) -> Iterator[tuple[int, _Result]]:
+    """Yield what this rank predicts, each piece with its number among all ranks' pieces."""
+    number = 0
+    for dataset in datasets:
+        batches = _batches(dataset, batch_size)
+        for own in range((ranks.rank - number) % ranks.size, len(batches), ranks.size):
+            yield number + own, _predict_rows(model, dataset, batches[own : own + 1])
+        number += len(batches)
+    if inputs is not None:
+        first = number + (ranks.rank - number) % ranks.size
+        files = _predict_files(model, inputs, batch_size, workers, first - number, ranks.size)
+        for own, result in enumerate(files):
+            yield first + own * ranks.size, result
 
 
-def _predict_rows(model: MGT, dataset: CrystalDataset, sources: Sequence[str], batch_size: int) -> _Result:
-    """Predict the crystals of a dataset, which come from `sources`."""
+def _batches(dataset: CrystalDataset, batch_size: int) -> list[np.ndarray]:
+    starts = range(0, len(dataset), batch_size)
+    return [np.arange(start, min(start + batch_size, len(dataset))) for start in starts]
+
+
+def _predict_rows(
+    model: MGT,
+    dataset: CrystalDataset,
+    batches: Sequence[np.ndarray],
+    sources: Sequence[str] | None = None,
+) -> _Result:
+    """Predict batches of a dataset's crystals, which come from `sources`; None: from the dataset."""
+
+    def source(index: int) -> str:
+        return f"{dataset.path}: {dataset.ids[index]}" if sources is None else sources[index]
+
     tables, kept, rejects = [], [], []
-    for start in range(0, len(dataset), batch_size):
-        indices = np.arange(start, min(start + batch_size, len(dataset)))
+    for indices in batches:
         try:
             tables.append(predict_crystals(model, [dataset.gather(indices)]))
             kept += indices.tolist()
@@ -333,16 +380,18 @@ def _predict_rows(model: MGT, dataset: CrystalDataset, sources: Sequence[str], b
                     kept.append(index)
                 except ValueError as error:
                     name = dataset.ids[index]
-                    rejects.append(Reject(sources[index], name, "no_prediction", name, str(error)))
-    return tables, [sources[index] for index in kept], rejects
+                    rejects.append(Reject(source(index), name, "no_prediction", name, str(error)))
+    return tables, [source(index) for index in kept], rejects
 
 
-def _predict_files(model: MGT, inputs: Inputs, batch_size: int, workers: int | None) -> Iterator[_Result]:
-    """Predict the records of files, some hundred at a time, while others are being read."""
-    records = inputs.records()
+def _predict_files(
+    model: MGT, inputs: Inputs, batch_size: int, workers: int | None, first: int, step: int
+) -> Iterator[_Result]:
+    """Predict every `step`-th group of some hundred records, while others are being read."""
+    groups = itertools.islice(chunks(inputs.records(), max(batch_size, CHUNK_SIZE)), first, None, step)
     options = ParseOptions(targets={}, require_target="none")
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
-    for chunk, parsed in parse_all(chunks(records, max(batch_size, CHUNK_SIZE)), options, workers):
+    for chunk, parsed in parse_all(groups, options, workers):
         unread = [
             Reject(
                 chunk[i].source, chunk[i].id, fault.reason, str(fault.value)[:LONGEST_VALUE], fault.message
@@ -351,7 +400,7 @@ def _predict_files(model: MGT, inputs: Inputs, batch_size: int, workers: int | N
         ]
         crystals = CrystalDataset(Path(), [parsed.batch], {})
         tables, sources, rejects = _predict_rows(
-            model, crystals, [chunk[i].source for i in parsed.kept], batch_size
+            model, crystals, _batches(crystals, batch_size), [chunk[i].source for i in parsed.kept]
         )
         yield tables, sources, unread + rejects
 

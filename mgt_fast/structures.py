@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -29,7 +29,7 @@ class CrystalBatch:
     cell: torch.Tensor
     batch_ptr: torch.Tensor
     pbc: torch.Tensor
-    ids: tuple[str, ...]
+    ids: Sequence[str]
 
     @classmethod
     def from_arrays(cls, numbers, frac_coords, cell, num_atoms, pbc=None, ids: Sequence[str] | None = None):
@@ -122,9 +122,16 @@ class CrystalBatch:
         return self.batch_ptr.diff()
 
     def to(self, device) -> CrystalBatch:
-        """Return the batch with its tensors on `device`."""
+        """Return the batch with its tensors on `device`; copies from pinned memory do not wait."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
+
+    def pin_memory(self) -> CrystalBatch:
+        """Return the batch in pinned memory, for copies to a CUDA device."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> CrystalBatch:
         tensors = ("numbers", "frac_coords", "cell", "batch_ptr", "pbc")
-        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
+        return replace(self, **{name: function(getattr(self, name)) for name in tensors})
 
 
 def _tensor(name: str, value, dtype: torch.dtype) -> torch.Tensor:

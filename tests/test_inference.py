@@ -66,7 +66,7 @@ def test_graphs_are_those_of_the_checkpoint(monkeypatch):
     model = network()
     model.meta = CheckpointMeta(model=model.config, max_neighbors=9, compat="comformer")
     predict_structures(model, salts(1))
-    assert asked == [{"max_neighbors": 9, "compat": "comformer"}]
+    assert asked == [{"max_neighbors": 9, "compat": "comformer", "max_edges": None}]
 
 
 def test_mode_of_the_network_is_left_as_it_was():

@@ -1,15 +1,10 @@
-"""From a dataset to batches of graphs: parts, shuffling, and graphs built on the fly."""
+"""From a dataset to what a run learns from: targets and parts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-
-from ..graph import CrystalGraph, network_input
 
 if TYPE_CHECKING:
     from ..data import CrystalDataset
@@ -93,47 +88,3 @@ def require_two(dataset: CrystalDataset, train: np.ndarray) -> None:
         raise DataError(
             f"the only crystal to learn from is {dataset.ids[train[0]]}; training needs at least 2"
         )
-
-
-def split_evenly(n: int, batch_size: int, smallest: int = 1) -> list[int]:
-    """Return batch sizes that add up to n and differ by at most one, so that no batch is a small rest.
-
-    Args:
-        n: samples.
-        batch_size: largest batch.
-        smallest: no batch is smaller than this (batch normalisation cannot learn from one row), even if one
-            must then hold one sample more than `batch_size`; it matters for odd n and batches of two alone.
-    """
-    n_batches = max(1, min(-(-n // batch_size), n // smallest))
-    small, larger = divmod(n, n_batches)
-    return [small + 1] * larger + [small] * (n_batches - larger)
-
-
-@dataclass(frozen=True)
-class GraphSource:
-    """Builds the graphs of chosen crystals of a dataset for a network on `device`, in float32."""
-
-    dataset: CrystalDataset
-    max_neighbors: int
-    compat: str | None
-    device: torch.device
-
-    def graph(self, indices: Sequence[int] | np.ndarray) -> CrystalGraph:
-        """Return the graphs of the crystals `indices` as one batch; see `graph.network_input`."""
-        crystals = self.dataset.gather(indices)
-        return network_input(crystals, self.device, max_neighbors=self.max_neighbors, compat=self.compat)
-
-    def in_order(self, indices: np.ndarray, batch_size: int) -> Iterator[CrystalGraph]:
-        """Yield the graphs of all crystals `indices`, in their order."""
-        start = 0
-        for size in split_evenly(len(indices), batch_size) if len(indices) else []:
-            yield self.graph(indices[start : start + size])
-            start += size
-
-
-def shuffled_batches(
-    indices: np.ndarray, batch_size: int, seed: int, epoch: int, smallest: int = 2
-) -> list[np.ndarray]:
-    """Return every index once, in batches, in an order that seed and epoch alone decide."""
-    order = np.random.default_rng((seed, epoch)).permutation(indices)
-    return np.split(order, np.cumsum(split_evenly(len(order), batch_size, smallest))[:-1])

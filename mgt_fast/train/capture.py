@@ -4,8 +4,8 @@ A captured step repeats the same kernels at the same addresses, so batches are p
 `padding`) and copied into arrays that stay. The first batch of a size is an ordinary step, which also loads
 the kernels and makes the optimiser's state; the second is captured; from then on two replays make a step: one
 for the gradients, one for the update, between which the loop looks whether the loss is finite. What the
-parameters, the running statistics and the optimiser hold is updated in place, and dropout draws from torch's
-generator, which a replay advances.
+parameters, the running statistics and the optimiser hold is updated in place, and the keys that decide
+dropout are copied with the batch.
 
 No GPU has run this yet.
 """
@@ -25,7 +25,7 @@ import torch
 from ..graph import CrystalGraph
 from ..kernels import resolve_backend
 from ..padding import bucket, pad_graph
-from .step import StepResult, TrainingStep
+from .step import Batch, StepResult, TrainingStep
 
 MAX_BUCKETS = 64
 """Sizes kept, the ones used last; each holds the input arrays and two CUDA graphs, but shares the memory
@@ -47,9 +47,12 @@ class PaddableTask(Protocol):
         """Return what the network shall predict for a batch, (B,) on the CPU."""
 
     def loss_of(
-        self, graph: CrystalGraph, targets: torch.Tensor
+        self, graph: CrystalGraph, targets: torch.Tensor, keys: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the loss of a batch and figures from tensors alone; filler crystals do not count."""
+        """Return the loss of a batch and figures from tensors alone; filler crystals do not count.
+
+        The keys (B,) decide dropout.
+        """
 
 
 @dataclass
@@ -58,18 +61,20 @@ class _Bucket:
 
     graph: CrystalGraph
     targets: torch.Tensor
+    keys: torch.Tensor
     warm: bool = False
     gradients: torch.cuda.CUDAGraph | None = None
     update: torch.cuda.CUDAGraph | None = None
     result: StepResult | None = None
 
-    def fill(self, graph: CrystalGraph, targets: torch.Tensor):
+    def fill(self, graph: CrystalGraph, targets: torch.Tensor, keys: torch.Tensor):
         """Copy another batch into the arrays."""
         for field in fields(graph):
             value = getattr(graph, field.name)
             if isinstance(value, torch.Tensor):
                 getattr(self.graph, field.name).copy_(value)
         self.targets.copy_(targets)
+        self.keys.copy_(keys)
 
 
 class PaddedStep(TrainingStep):
@@ -86,20 +91,27 @@ class PaddedStep(TrainingStep):
         self.num_crystals = task.largest_batch + 1  # the last is filler
         self.buckets: OrderedDict[tuple[int, int], _Bucket] = OrderedDict()
 
-    def gradients(self, indices: np.ndarray, graph: CrystalGraph) -> StepResult:
+    def gradients(self, batch: Batch) -> StepResult:
         """Compute the clipped gradients of a batch; the weights stay as they are.
 
         Args:
-            indices: the crystals of the batch.
-            graph: their graphs, best on the CPU.
+            batch: one chunk; its graph is best on the CPU.
 
         Raises:
-            ValueError: if there are fewer than two atoms or edges, over which there are no statistics.
+            ValueError: if there are fewer than two atoms or edges, over which there are no statistics; if the
+                batch does not fit the memory as a whole.
         """
-        return self._compute(self._load(indices, graph))
+        return self._compute(self._load(batch))
 
-    def _load(self, indices: np.ndarray, graph: CrystalGraph) -> _Bucket:
+    def _load(self, batch: Batch) -> _Bucket:
         """Pad a batch and bring it into the arrays of its size."""
+        if batch.chunked or batch.recompute:
+            raise ValueError(
+                f"a batch of {batch.num_edges} edges exceeds the memory budget, and captured steps take it "
+                "as a whole; set capture=false, a smaller optim.batch_size or a larger memory_gib"
+            )
+        (chunk,) = batch.chunks
+        graph = chunk.graph
         if min(graph.num_atoms, graph.num_edges) < 2:
             raise ValueError(
                 f"{graph.num_atoms} atoms and {graph.num_edges} edges: batch statistics need at least 2 "
@@ -107,19 +119,25 @@ class PaddedStep(TrainingStep):
             )
         size = bucket(graph)
         padded = replace(pad_graph(graph, *size, self.num_crystals), ids=())
-        targets = self.task.batch_targets(indices)
-        targets = torch.cat((targets, targets.new_zeros(self.num_crystals - len(targets))))
+        targets, keys = (
+            torch.cat((values, values.new_zeros(self.num_crystals - len(values))))
+            for values in (self.task.batch_targets(chunk.crystals), chunk.keys)
+        )
         if size in self.buckets:
-            self.buckets[size].fill(padded, targets)
+            self.buckets[size].fill(padded, targets, keys)
             self.buckets.move_to_end(size)
         else:
-            self.buckets[size] = _Bucket(padded.to(device=self.device), targets.to(self.device))
+            arrays = padded.to(device=self.device), targets.to(self.device), keys.to(self.device)
+            self.buckets[size] = _Bucket(*arrays)
             if len(self.buckets) > MAX_BUCKETS:
                 self.buckets.popitem(last=False)
         return self.buckets[size]
 
     def _compute(self, batch: _Bucket) -> StepResult:
-        return self._backward(*self.task.loss_of(batch.graph, batch.targets))
+        self.optimizer.zero_grad()
+        loss, figures = self.task.loss_of(batch.graph, batch.targets, batch.keys)
+        loss.backward()
+        return self._reduced({"loss": loss.detach(), **figures})
 
 
 class CapturedStep(PaddedStep):
@@ -153,9 +171,9 @@ class CapturedStep(PaddedStep):
             self.parameters, lr=self.lr, weight_decay=weight_decay, fused=True, capturable=True
         )
 
-    def gradients(self, indices: np.ndarray, graph: CrystalGraph) -> StepResult:
+    def gradients(self, batch: Batch) -> StepResult:
         """Compute the clipped gradients of a batch; see `PaddedStep.gradients`."""
-        self.batch = batch = self._load(indices, graph)
+        self.batch = batch = self._load(batch)
         if not batch.warm:
             batch.warm = True
             with self._aside():

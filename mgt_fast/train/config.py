@@ -51,6 +51,8 @@ class DataConfig(_Section):
         fractions: null uses the dataset's own train/val/test parts; three numbers adding up to 1 draw
             parts at random (with `seed`) instead.
         limit: keep at most this many crystals of each part, drawn with `seed` (for a quick try).
+        resident: hold the crystals of a run in the memory of the CUDA device, where their graphs are built;
+            null: if they fit.
     """
 
     path: Path | None = None
@@ -58,6 +60,7 @@ class DataConfig(_Section):
     compat: Literal["comformer"] | None = None
     fractions: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] | None = None
     limit: PositiveInt | None = None
+    resident: bool | None = None
 
     @field_validator("fractions")
     @classmethod
@@ -107,8 +110,10 @@ class OptimConfig(_Section):
         weight_decay: AdamW's decoupled weight decay.
         epochs: passes over the training crystals.
         warmup_epochs: length of the warm-up; need not be whole.
-        batch_size: crystals in a step, at most (see `batches.split_evenly`).
+        batch_size: crystals in a step, over all ranks, at most (see `plan.batch_bounds`).
         grad_clip: largest norm of the whole gradient; null does not clip.
+        statistics: of BatchNorm: "global": of all the step's crystals, however ranks and memory divide them;
+            "local": of those that are worked on together, which saves exchanges but depends on the division.
     """
 
     lr: PositiveFloat
@@ -117,6 +122,7 @@ class OptimConfig(_Section):
     warmup_epochs: NonNegativeFloat
     batch_size: Annotated[int, Field(ge=2)]
     grad_clip: PositiveFloat | None = None
+    statistics: Literal["global", "local"] = "global"
 
     @model_validator(mode="after")
     def _reaches_peak(self) -> Self:
@@ -156,6 +162,20 @@ class EarlyStoppingConfig(_Section):
     min_delta: NonNegativeFloat = 0.0
 
 
+class CheckpointConfig(_Section):
+    """When the state that `--resume` continues from is saved, beside the end of every epoch.
+
+    Attributes:
+        every_steps: after so many steps; null: not within an epoch.
+        every_minutes: after so long; null: not within an epoch.
+        keep: states to keep.
+    """
+
+    every_steps: PositiveInt | None = None
+    every_minutes: PositiveFloat | None = 30.0
+    keep: PositiveInt = 2
+
+
 class RunConfig(_Section):
     """What both kinds of run share.
 
@@ -166,6 +186,9 @@ class RunConfig(_Section):
         precision: of the factors of matrix products in training: "float32"; "tf32", which needs a recent GPU;
             "bf16", bfloat16 autocast. Parameters, sums and statistics stay float32, and so does validation.
         threads: CPU threads of torch; null leaves torch's choice.
+        memory_gib: what a training step may take on each rank, GiB; a larger share of a batch is worked on
+            with layers computed again, or in pieces. Null: 85 % of the CUDA device's memory, or half of the
+            machine's divided by its ranks.
         tensorboard: also write TensorBoard event files.
     """
 
@@ -176,7 +199,9 @@ class RunConfig(_Section):
     backend: Literal["auto", "torch", "triton"] = "auto"
     precision: Literal["float32", "tf32", "bf16"] = "float32"
     threads: PositiveInt | None = None
+    memory_gib: PositiveFloat | None = None
     tensorboard: bool = False
+    checkpoint: CheckpointConfig = CheckpointConfig()
 
 
 def _of_task(model: Any, task: str) -> Any:

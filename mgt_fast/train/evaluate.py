@@ -7,10 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..data import CrystalDataset
-from ..inference import PredictionTable, predict_graphs, prediction_meta
+from ..distributed import Ranks
+from ..inference import PredictionTable, predict_batches, prediction_meta
 from ..model import MGT
-from .batches import DataError, GraphSource, require_part, select_parts, target_values
+from .batches import DataError, require_part, select_parts, target_values
 from .config import DataConfig
+from .feed import GraphSource
+from .plan import batch_bounds
 from .setup import manifest_digest
 from .targets import errors
 
@@ -37,8 +40,42 @@ class Evaluation:
         return errors(self.target, self.table.prediction)
 
 
+def predict_part(
+    model: MGT, source: GraphSource, indices: np.ndarray, batch_size: int, ranks: Ranks
+) -> PredictionTable:
+    """Predict crystals in batches that do not depend on the number of ranks, each of which takes its turn.
+
+    Args:
+        model: a network for prediction.
+        source: builds the graphs.
+        indices: the crystals, by position in the dataset, in the order of the table; at least one.
+        batch_size: crystals at a time.
+        ranks: that share the work.
+
+    Returns:
+        The whole table, on every rank.
+
+    Raises:
+        ValueError: as `inference.predict_graphs`, on every rank (RankError where it happened on another).
+    """
+    bounds = batch_bounds(len(indices), batch_size)
+    own = range(ranks.rank, len(bounds) - 1, ranks.size)
+    graphs = (source.graph(indices[bounds[i] : bounds[i + 1]]) for i in own)
+    with ranks.together():
+        tables = predict_batches(model, graphs)
+    everyone = ranks.gather(tables)
+    return PredictionTable.concatenate(
+        [everyone[i % ranks.size][i // ranks.size] for i in range(len(bounds) - 1)]
+    )
+
+
 def evaluate(
-    model: MGT, dataset: CrystalDataset, part: str = "test", target: str | None = None, batch_size: int = 64
+    model: MGT,
+    dataset: CrystalDataset,
+    part: str = "test",
+    target: str | None = None,
+    batch_size: int = 64,
+    ranks: Ranks | None = None,
 ) -> Evaluation:
     """Predict every crystal of a part that has a target.
 
@@ -49,6 +86,7 @@ def evaluate(
         part: "train", "val", "test", "" (crystals of no part) or "all".
         target: the dataset's name of the target; None takes the checkpoint's.
         batch_size: crystals at a time.
+        ranks: that share the work and all get the result; None for a single one.
 
     Raises:
         DataError: if target or part are missing, the units of checkpoint and dataset differ, or the network
@@ -79,5 +117,5 @@ def evaluate(
         raise DataError(f"no crystal of the dataset has a {name}")
     device = next(model.parameters()).device
     source = GraphSource(dataset, meta.max_neighbors, meta.compat, device)
-    table = predict_graphs(model, source.in_order(indices, batch_size))
+    table = predict_part(model, source, indices, batch_size, ranks or Ranks())
     return Evaluation(table, targets[indices], missing)

@@ -21,33 +21,57 @@ from ..checkpoint import (
     transfer_weights,
 )
 from ..data import CrystalDataset
+from ..distributed import Ranks
 from ..graph import CrystalGraph
-from ..inference import PredictionTable, predict_graphs, write_table
+from ..inference import PredictionTable, write_table
 from ..losses import mean_over_crystals
 from ..model import MGT
+from ..profiling import span
 from .batches import (
     PARTS,
     DataError,
-    GraphSource,
     require_part,
     require_two,
     select_parts,
-    shuffled_batches,
-    split_evenly,
     target_values,
 )
 from .capture import CapturedStep
 from .config import ConfigError, FinetuneConfig
-from .loop import fit
-from .runlog import PREDICTIONS, RunLog
-from .setup import autocast, check_fits_checkpoint, describe_parts, manifest_digest, start_torch
+from .evaluate import predict_part
+from .feed import GraphSource
+from .loop import Fit
+from .plan import BatchPlan
+from .run import open_run
+from .runlog import PREDICTIONS
+from .runstate import StateStore
+from .setup import (
+    autocast,
+    check_fits_checkpoint,
+    describe_device,
+    describe_parts,
+    graph_source,
+    manifest_digest,
+    memory_budget,
+    open_dataset,
+    planned_edges,
+    start_torch,
+)
+from .step import Batch, Chunk, ChunkLoss
 from .targets import TargetScaling, errors, trivial_errors
+from .task import GraphTask
 
 _LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}
 
 
-class FinetuneTask:
-    """Regression of scaled targets; epochs are judged by the val MAE in the target's units."""
+class FinetuneTask(GraphTask):
+    """Regression of scaled targets; epochs are judged by the val MAE in the target's units.
+
+    Args:
+        model, source, plan, config, ranks: see `GraphTask`.
+        targets: of every crystal of the dataset, (n,), in the target's units.
+        parts: crystals of each part.
+        scaling: of the targets.
+    """
 
     monitor = "val_mae"
 
@@ -55,43 +79,40 @@ class FinetuneTask:
         self,
         model: MGT,
         source: GraphSource,
+        plan: BatchPlan,
         targets: np.ndarray,
         parts: dict[str, np.ndarray],
         scaling: TargetScaling,
         config: FinetuneConfig,
+        ranks: Ranks | None = None,
     ):
-        self.model, self.source, self.targets, self.parts = model, source, targets, parts
-        self.scaling, self.config = scaling, config
-        sizes = split_evenly(len(parts["train"]), config.optim.batch_size, smallest=2)
-        self.steps_per_epoch, self.largest_batch = len(sizes), max(sizes)
+        # Captured steps pad graphs on the CPU.
+        of_batches = replace(source, device=torch.device("cpu"), resident=None) if config.capture else source
+        super().__init__(model, of_batches, plan, config, ranks)
+        self.source, self.targets, self.parts, self.scaling = source, targets, parts, scaling
 
-    def batches(self, epoch: int) -> list[np.ndarray]:
-        """Return the training crystals in shuffled batches."""
-        return shuffled_batches(self.parts["train"], self.config.optim.batch_size, self.config.seed, epoch)
+    def forward(self, batch: Batch, chunk: Chunk) -> ChunkLoss:
+        """Compute a chunk's share of the mean loss on scaled targets, and of the MAE in target units."""
+        targets = self.batch_targets(chunk.crystals).to(self.source.device)
+        loss, figures = self.loss_of(chunk.graph, targets, chunk.keys)
+        share = len(chunk.crystals) / batch.size
+        return ChunkLoss(loss * share, {name: value * share for name, value in figures.items()})
 
-    def graph(self, indices: np.ndarray) -> CrystalGraph:
-        """Build the graphs of a batch; on the CPU if they are padded there."""
-        source = replace(self.source, device=torch.device("cpu")) if self.config.capture else self.source
-        return source.graph(indices)
-
-    def loss(self, indices: np.ndarray, graph: CrystalGraph) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the loss on scaled targets, and the MAE in the target's units."""
-        return self.loss_of(graph, self.batch_targets(indices).to(self.source.device))
-
-    def batch_targets(self, indices: np.ndarray) -> torch.Tensor:
-        """Return the scaled targets of a batch, (B,) float32 on the CPU."""
-        return torch.from_numpy(self.scaling.scale(self.targets[indices])).float()
+    def batch_targets(self, crystals: np.ndarray) -> torch.Tensor:
+        """Return the scaled targets of some crystals, (b,) float32 on the CPU."""
+        return torch.from_numpy(self.scaling.scale(self.targets[crystals])).float()
 
     def loss_of(
-        self, graph: CrystalGraph, scaled: torch.Tensor
+        self, graph: CrystalGraph, scaled: torch.Tensor, keys: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the loss on scaled targets, and the MAE in the target's units; filler does not count."""
+        """Return the mean loss on scaled targets, and the MAE in target units; filler does not count."""
         with autocast(self.config, self.source.device):
-            predicted = self.model(graph).prediction.squeeze(1)
-        predicted = predicted.float()
-        mae = mean_over_crystals((predicted.detach() - scaled).abs(), graph) * self.scaling.std
-        loss = _LOSSES[self.config.loss](predicted, scaled, reduction="none")
-        return mean_over_crystals(loss, graph), {"mae": mae}
+            predicted = self.model(graph, keys=keys).prediction.squeeze(1)
+        with span("loss"):
+            predicted = predicted.float()
+            mae = mean_over_crystals((predicted.detach() - scaled).abs(), graph) * self.scaling.std
+            loss = _LOSSES[self.config.loss](predicted, scaled, reduction="none")
+            return mean_over_crystals(loss, graph), {"mae": mae}
 
     def validate(self) -> dict[str, float]:
         """Return the MAE and RMSE of the val part."""
@@ -99,10 +120,9 @@ class FinetuneTask:
         return {"val_mae": found["mae"], "val_rmse": found["rmse"]}
 
     def predict(self, part: str) -> PredictionTable:
-        """Predict every crystal of a part, in its order."""
-        return predict_graphs(
-            self.model, self.source.in_order(self.parts[part], self.config.optim.batch_size)
-        )
+        """Predict every crystal of a part, in its order; every rank gets the whole table."""
+        batch_size = self.config.optim.batch_size
+        return predict_part(self.model, self.source, self.parts[part], batch_size, self.ranks)
 
 
 def finetune(
@@ -111,8 +131,12 @@ def finetune(
     console: Console,
     start: str | Path | None = None,
     overwrite: bool = False,
+    *,
+    resume: bool = False,
+    resume_from: int | None = None,
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
-    """Fine-tune a network and score it; the run folder keeps checkpoints, metrics and predictions.
+    """Fine-tune a network and score it; the run folder keeps checkpoints, states, metrics and predictions.
 
     Args:
         config: the run.
@@ -120,6 +144,9 @@ def finetune(
         console: where progress goes.
         start: checkpoint to take pretrained weights from; None starts from scratch.
         overwrite: replace the run that the folder may hold.
+        resume: continue the run that the folder holds, bit for bit; see `run.open_run`.
+        resume_from: step of the state to continue from; None takes the latest.
+        ranks: of the run; None for a single one.
 
     Returns:
         For "val" and "test" (where there is one): "model", "mean" and "median" errors, the latter two
@@ -127,34 +154,85 @@ def finetune(
 
     Raises:
         ConfigError, CheckpointError: if the checkpoint does not fit the configuration, or steps shall be
-            captured where they cannot be.
+            captured where they cannot be; and as `run.open_run`, `loop.Fit.resume`.
         DataError: if the target is unknown, a part is empty or there is one crystal to learn from.
-        NonFiniteLossError: see `loop.fit`.
+        MemoryBudgetError: if a crystal does not fit the memory.
+        FileExistsError, FolderLockedError: see `run.open_run`.
+        NonFiniteLossError, RunStoppedError, RankError: see `loop.Fit.run`.
     """
+    ranks = ranks or Ranks()
     device = start_torch(config)
-    dataset = CrystalDataset.open(config.data.path)
-    targets = target_values(dataset, config.data.target)
-    known = _known(dataset, targets, config.data.target)
-    parts = select_parts(dataset, config.data, config.seed, known)
-    train = require_part(parts, "train", "learn from")
-    require_part(parts, "val", "choose the best epoch on")
-    require_two(dataset, train)
-    train_targets = targets[train]
-    scaling = TargetScaling.fit(train_targets) if config.data.scale_target else TargetScaling()
-    source = GraphSource(dataset, config.data.max_neighbors, config.data.compat, device)
-
-    model = MGT(config.model, backend=config.backend)
-    if config.model.output_dim != 1:
-        raise DataError(f"model.output_dim = {config.model.output_dim}, but one target is fine-tuned: set 1")
+    task, known = finetuning_task(config, device, ranks, console)
+    model, parts = task.model, task.parts
     origin = "from scratch"
-    if start is not None:
-        state, start_meta = load_checkpoint(start)
+    continues = ranks.gather(resume and StateStore(folder).exists())[0]  # its weights are in the state
+    if start is not None and not continues:
+        with ranks.together():
+            state, start_meta = load_checkpoint(start)
         check_fits_checkpoint(config, start_meta)
         fresh, unused = transfer_weights(model, state)
         origin = (
             f"from {start} (newly initialised: {', '.join(fresh) or 'nothing'}; "
             f"not used: {', '.join(unused) or 'nothing'})"
         )
+    step = _capturing(task, config) if config.capture else None
+    with open_run(folder, config, console, ranks, overwrite, resume) as run:
+        log = run.log
+        sizes = {name: len(parts[name]) for name in PARTS if name in parts}
+        log.say(
+            f"fine-tuning {config.data.target} on {describe_device(device, ranks)}: "
+            f"{describe_parts(sizes)} crystals"
+        )
+        log.say(f"weights {origin}")
+        if not known.all():
+            log.say(f"left out {int((~known).sum())} of {len(known)} crystals without {config.data.target}")
+
+        def save(epoch: int, metrics: dict[str, float], improved: bool) -> None:
+            meta = replace(model.meta, epoch=epoch, metrics=metrics)
+            for name in (LAST, BEST) if improved else (LAST,):
+                save_checkpoint(run.folder / name, model, meta)
+
+        fit = Fit(
+            task,
+            config.optim,
+            log,
+            save,
+            config.early_stopping,
+            step,
+            ranks=ranks,
+            store=run.store,
+            checkpoint=config.checkpoint,
+        )
+        result = run.fit(fit, resume_from)
+        with ranks.together():
+            task.model = load_model(run.folder / BEST, config.backend, device)
+        results, columns = _score(task)
+        if ranks.is_main:
+            write_table(run.folder / PREDICTIONS, columns)
+        log.write_results(results | {"epochs": result.epochs, "best_epoch": result.best_epoch})
+        for line in report_lines(results, model.meta.unit):
+            log.say(line)
+        log.say(
+            f"best epoch {result.best_epoch} of {result.epochs}; checkpoints, predictions in {run.folder}"
+        )
+    return results
+
+
+def finetuning_task(
+    config: FinetuneConfig, device: torch.device, ranks: Ranks, console: Console | None = None
+) -> tuple[FinetuneTask, np.ndarray]:
+    """Return a fresh network with its crystals, and which of the dataset have the target, (n,) bool."""
+    if config.model.output_dim != 1:
+        raise DataError(f"model.output_dim = {config.model.output_dim}, but one target is fine-tuned: set 1")
+    dataset = open_dataset(config.data.path, ranks)
+    targets = target_values(dataset, config.data.target)
+    known = _known(dataset, targets, config.data.target)
+    parts = select_parts(dataset, config.data, config.seed, known)
+    train = require_part(parts, "train", "learn from")
+    require_part(parts, "val", "choose the best epoch on")
+    require_two(dataset, train)
+    scaling = TargetScaling.fit(targets[train]) if config.data.scale_target else TargetScaling()
+    model = MGT(config.model, backend=config.backend)
     model.meta = CheckpointMeta(
         model=config.model,
         max_neighbors=config.data.max_neighbors,
@@ -167,34 +245,27 @@ def finetune(
         fractions=config.data.fractions,
         seed=None if config.data.fractions is None else config.seed,
     )
-    model.to(device)
-    task = FinetuneTask(model, source, targets, parts, scaling, config)
-    step = _capturing(task, config) if config.capture else None
-    with RunLog(folder, config, console, overwrite) as log:
-        sizes = {name: len(parts[name]) for name in PARTS if name in parts}
-        log.say(f"fine-tuning {config.data.target} on {device}: {describe_parts(sizes)} crystals")
-        log.say(f"weights {origin}")
-        if not known.all():
-            log.say(f"left out {int((~known).sum())} of {len(known)} crystals without {config.data.target}")
-
-        def save(epoch: int, metrics: dict[str, float], improved: bool) -> None:
-            meta = replace(model.meta, epoch=epoch, metrics=metrics)
-            for name in (LAST, BEST) if improved else (LAST,):
-                save_checkpoint(log.folder / name, model, meta)
-
-        result = fit(task, config.optim, log, save, config.early_stopping, step)
-        task.model = load_model(log.folder / BEST, config.backend, device)
-        results = _score(task, train_targets, log.folder)
-        log.write_results(results | {"epochs": result.epochs, "best_epoch": result.best_epoch})
-        for line in report_lines(results, model.meta.unit):
-            log.say(line)
-        log.say(
-            f"best epoch {result.best_epoch} of {result.epochs}; checkpoints, predictions in {log.folder}"
-        )
-    return results
+    used = np.concatenate([parts[name] for name in PARTS if name in parts])
+    edges = planned_edges(config, dataset, used, ranks, console)
+    plan = BatchPlan(
+        train,
+        edges[train],
+        config.optim.batch_size,
+        num_ranks=ranks.size,
+        seed=config.seed,
+        smallest=2,
+        budget=memory_budget(config, device),
+        names=dataset.ids,
+    )
+    source = graph_source(config, dataset, device, used)
+    return FinetuneTask(model.to(device), source, plan, targets, parts, scaling, config, ranks), known
 
 
 def _capturing(task: FinetuneTask, config: FinetuneConfig) -> CapturedStep:
+    if task.ranks.size > 1:
+        raise ConfigError(
+            f"capture = true: only a single rank captures steps, and there are {task.ranks.size}"
+        )
     try:
         return CapturedStep(task, config.optim.weight_decay, config.optim.grad_clip)
     except ValueError as error:
@@ -210,8 +281,8 @@ def _known(dataset: CrystalDataset, targets: np.ndarray, name: str) -> np.ndarra
     return ~np.isnan(targets)
 
 
-def _score(task: FinetuneTask, train_targets: np.ndarray, folder: Path) -> dict[str, Any]:
-    """Score val and test, and write their predictions."""
+def _score(task: FinetuneTask) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Score val and test; return the errors and the columns of the predictions' table."""
     results, columns = {}, []
     for part in ("val", "test"):
         if not len(task.parts.get(part, ())):
@@ -219,13 +290,10 @@ def _score(task: FinetuneTask, train_targets: np.ndarray, folder: Path) -> dict[
         target, table = task.targets[task.parts[part]], task.predict(part)
         results[part] = {
             "model": errors(target, table.prediction),
-            **trivial_errors(target, train_targets),
+            **trivial_errors(target, task.targets[task.parts["train"]]),
         }
         columns.append(table.columns(target, part))
-    write_table(
-        folder / PREDICTIONS, {name: np.concatenate([c[name] for c in columns]) for name in columns[0]}
-    )
-    return results
+    return results, {name: np.concatenate([c[name] for c in columns]) for name in columns[0]}
 
 
 def report_lines(results: dict[str, Any], unit: str | None) -> list[str]:

@@ -1,52 +1,50 @@
-"""The training loop: plain torch, the same for pretraining and fine-tuning."""
+"""The training loop: plain torch, the same for pretraining and fine-tuning, for one rank and for many."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 
-from ..graph import CrystalGraph
-from .config import EarlyStoppingConfig, OptimConfig
-from .runlog import RunLog
+from ..distributed import Ranks
+from ..profiling import span
+from .config import CheckpointConfig, EarlyStoppingConfig, OptimConfig
+from .interrupt import RunStoppedError, StopRequest
+from .runlog import NullLog
+from .runstate import StateStore, pack_optimizer, unpack_optimizer
 from .schedule import BestTracker, warmup_cosine
-from .step import TrainingStep
+from .step import Batch, StepResult, StepTask, TrainingStep
+
+_MODEL = "model."  # prefix of the network's tensors in a state
 
 
 class NonFiniteLossError(RuntimeError):
     """A loss or gradient that is not a finite number; the message names the batch's crystals."""
 
 
-class Task(Protocol):
+class Task(StepTask, Protocol):
     """What a run trains: `pretrain.PretrainTask` or `finetune.FinetuneTask`.
 
     Attributes:
-        model: the network.
         steps_per_epoch: number of batches of an epoch.
         monitor: the metric of `validate` that decides which epoch is best; smaller is better.
     """
 
-    model: torch.nn.Module
     steps_per_epoch: int
     monitor: str
 
-    def batches(self, epoch: int) -> Iterable[np.ndarray]:
-        """Yield the crystals of each batch of an epoch."""
-
-    def graph(self, indices: np.ndarray) -> CrystalGraph:
-        """Build the graphs of a batch."""
-
-    def loss(self, indices: np.ndarray, graph: CrystalGraph) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the loss of a batch, and figures to average over the epoch."""
+    def batches(self, epoch: int, first: int) -> Iterator[Batch]:
+        """Yield this rank's share of an epoch's batches, from number `first` on."""
 
     def validate(self) -> dict[str, float]:
-        """Return the metrics of the held-out part."""
+        """Return the metrics of the held-out part, the same on every rank."""
+
+    def suspects(self, batch: Batch) -> list[str]:
+        """Name those of a share's crystals whose loss is not finite even if they are alone."""
 
 
 @dataclass(frozen=True)
@@ -58,79 +56,229 @@ class FitResult:
     best: float
 
 
-def fit(
-    task: Task,
-    optim: OptimConfig,
-    log: RunLog,
-    save: Callable[[int, dict[str, float], bool], None],
-    early_stopping: EarlyStoppingConfig | None = None,
-    training_step: TrainingStep | None = None,
-) -> FitResult:
-    """Train until the last epoch, or until the monitored metric stops falling.
+@dataclass
+class Course:
+    """Where a run stands: everything that a later step depends on but network and optimiser.
+
+    Attributes:
+        epoch: the one in progress, from 1.
+        batch: batches of it that are done.
+        step: steps taken in all.
+        crystals, sums: seen in this epoch, and the figures added up over them.
+        seconds, graph_seconds: spent on this epoch's steps, and on making its graphs.
+        best_epoch: of those that are done.
+    """
+
+    epoch: int = 1
+    batch: int = 0
+    step: int = 0
+    crystals: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    graph_seconds: float = 0.0
+    best_epoch: int = 0
+
+    def next_epoch(self) -> None:
+        """Begin the next epoch."""
+        self.epoch += 1
+        self.batch = self.crystals = 0
+        self.sums, self.seconds, self.graph_seconds = {}, 0.0, 0.0
+
+
+class Fit:
+    """A run of training, from its beginning or from a saved state.
 
     Args:
         task: what is trained and how it is scored.
         optim: optimiser and schedule.
-        log: receives a record an epoch.
-        save: called after each epoch with its number, its metrics and whether it is the best so far.
+        log: receives a record a step and an epoch.
+        save: called on the first rank after each epoch with its number, its metrics and whether it is the
+            best so far.
         early_stopping: when to stop; None runs to the end.
         training_step: how a step is computed; None computes it as it stands.
-
-    Raises:
-        NonFiniteLossError: on a loss, gradient or metric that is not finite, before it reaches the weights.
+        ranks: of the run; None for a single one.
+        store: where states are saved; None saves none.
+        checkpoint: when they are saved beside the end of each epoch.
     """
-    model = task.model
-    training_step = training_step or TrainingStep(task, optim.weight_decay, optim.grad_clip)
-    total_steps = optim.epochs * task.steps_per_epoch
-    warmup_steps = round(optim.warmup_epochs * task.steps_per_epoch)
-    stopping = early_stopping or EarlyStoppingConfig()
-    tracker = BestTracker(stopping.patience, stopping.min_delta)
-    step = best_epoch = 0
-    with log.progress() as progress:
-        bar = progress.add_task("training", total=total_steps)
-        for epoch in range(1, optim.epochs + 1):
-            model.train()
-            start, graph_seconds, crystals = time.perf_counter(), 0.0, 0
-            sums: defaultdict[str, float] = defaultdict(float)
-            for indices in task.batches(epoch):
-                built = time.perf_counter()
-                graph = task.graph(indices)
-                graph_seconds += time.perf_counter() - built
-                lr = optim.lr * warmup_cosine(step, warmup_steps, total_steps)
-                result = training_step.gradients(indices, graph)
-                loss, norm = result.loss.item(), result.norm.item()
-                if not (math.isfinite(loss) and math.isfinite(norm)):
-                    raise NonFiniteLossError(
-                        f"epoch {epoch}, step {step + 1}: loss {loss}, gradient norm {norm} at learning rate "
-                        f"{lr:.3g}; crystals of the batch: {', '.join(graph.ids)}. Check their cells and "
-                        "targets; otherwise lower optim.lr or set optim.grad_clip"
-                    )
-                training_step.update(lr)
-                step += 1
-                crystals += len(indices)
-                for name, value in {"loss": loss, **result.figures}.items():
-                    sums[name] += float(value) * len(indices)
-                progress.update(bar, advance=1, description=f"epoch {epoch}/{optim.epochs}")
-            seconds = time.perf_counter() - start
-            metrics = task.validate()
-            monitored = metrics[task.monitor]
-            if not math.isfinite(monitored):
-                raise NonFiniteLossError(f"epoch {epoch}: {task.monitor} is {monitored}; lower optim.lr")
-            train = {f"train_{name}": value / crystals for name, value in sums.items()}
-            timing = {"lr": lr, "seconds": seconds, "graph_seconds": graph_seconds}
-            log.record(epoch, {**train, **metrics, **timing})
-            improved = tracker.update(monitored)
-            if improved:
-                best_epoch = epoch
-            save(epoch, metrics, improved)
-            log.say(_line(epoch, optim.epochs, {**train, **metrics}, seconds, improved))
-            if tracker.exhausted:
-                log.say(f"stopped early: {task.monitor} has not fallen for {tracker.patience} epochs")
-                break
-    return FitResult(epochs=epoch, best_epoch=best_epoch, best=tracker.best)
+
+    def __init__(
+        self,
+        task: Task,
+        optim: OptimConfig,
+        log: NullLog,
+        save: Callable[[int, dict[str, float], bool], None],
+        early_stopping: EarlyStoppingConfig | None = None,
+        training_step: TrainingStep | None = None,
+        *,
+        ranks: Ranks | None = None,
+        store: StateStore | None = None,
+        checkpoint: CheckpointConfig | None = None,
+    ):
+        self.task, self.optim, self.log, self.save = task, optim, log, save
+        self.ranks = ranks or Ranks()
+        self.training_step = training_step or TrainingStep(
+            task, optim.weight_decay, optim.grad_clip, ranks=self.ranks, statistics=optim.statistics
+        )
+        self.store, self.checkpoint = store, checkpoint or CheckpointConfig()
+        stopping = early_stopping or EarlyStoppingConfig()
+        self.tracker = BestTracker(stopping.patience, stopping.min_delta)
+        self.course = Course()
+        self.total_steps = optim.epochs * task.steps_per_epoch
+        self.warmup_steps = round(optim.warmup_epochs * task.steps_per_epoch)
+        self._saved_at = time.monotonic()
+
+    def resume(self, step: int | None = None) -> None:
+        """Take up the latest state, or that of a step; the first rank's log goes back to it.
+
+        Raises:
+            CheckpointError: as `StateStore.load`; if the state belongs to another network.
+        """
+        with self.ranks.together():
+            tensors, record = self.store.load(step)
+            weights = {k.removeprefix(_MODEL): v for k, v in tensors.items() if k.startswith(_MODEL)}
+            self.task.model.load_state_dict(weights)
+            unpack_optimizer(self.training_step.optimizer, tensors)
+            self.course = Course(**record["course"])
+            self.tracker.restore(record["tracker"])
+            self.log.rewind(record["log"])
+
+    def run(self) -> FitResult:
+        """Train until the last epoch, or until the monitored metric stops falling.
+
+        Raises:
+            NonFiniteLossError: on a loss, gradient or metric that is not finite, before it reaches weights.
+            RunStoppedError: after a signal, with the state saved.
+            RankError: if another rank fails.
+        """
+        course, epochs = self.course, self.optim.epochs
+        with self.log.progress() as progress, StopRequest() as self._stop:
+            bar = progress.add_task("training", total=self.total_steps, completed=course.step)
+            while course.epoch <= epochs and not self.tracker.exhausted:
+                progress.update(bar, description=f"epoch {course.epoch}/{epochs}")
+                self._train_epoch(lambda: progress.update(bar, advance=1))
+                self._end_epoch()
+        if self.tracker.exhausted:
+            self.log.say(
+                f"stopped early: {self.task.monitor} has not fallen for {self.tracker.patience} epochs"
+            )
+        return FitResult(epochs=course.epoch - 1, best_epoch=course.best_epoch, best=self.tracker.best)
+
+    def _train_epoch(self, advance: Callable[[], None]) -> None:
+        course = self.course
+        self.task.model.train()
+        batches = self.task.batches(course.epoch, course.batch)
+        for _ in range(course.batch, self.task.steps_per_epoch):
+            start = time.perf_counter()
+            batch, stop, save = self._next(batches)
+            course.graph_seconds += time.perf_counter() - start
+            self._take_step(batch)
+            course.seconds += time.perf_counter() - start
+            advance()
+            if stop or save:
+                self._save_state()
+            if stop:
+                raise RunStoppedError(
+                    f"stopped after step {course.step} of {self.total_steps} (epoch {course.epoch}), "
+                    "as asked; continue with --resume",
+                    self._stop.signal,
+                )
+
+    def _next(self, batches: Iterator[Batch]) -> tuple[Batch | None, bool, bool]:
+        """Return the next batch, whether any rank was asked to stop, and whether the first wants to save."""
+        batch, error = None, None
+        try:
+            batch = next(batches)
+        except Exception as caught:  # it must fail on every rank, or the others would wait for this one
+            error = caught
+        save_is_due = self.ranks.is_main and self._save_is_due()
+        wishes = [error is not None, self._stop.signal is not None, save_is_due]
+        failed, stop, save = self.ranks.total([float(wish) for wish in wishes])
+        if failed:
+            self.ranks.agree(error)
+        return batch, stop > 0, save > 0
+
+    def _take_step(self, batch: Batch) -> None:
+        course = self.course
+        lr = self.optim.lr * warmup_cosine(course.step, self.warmup_steps, self.total_steps)
+        result = self.training_step.gradients(batch)
+        loss, norm, *figures = _numbers(result)
+        for chunk in batch.chunks:
+            chunk.graph.check_status()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self._refuse(batch, loss, norm, lr)
+        self.training_step.update(lr)
+        course.step += 1
+        course.batch += 1
+        course.crystals += batch.size
+        for name, value in zip(("loss", *result.figures), (loss, *figures), strict=True):
+            course.sums[name] = course.sums.get(name, 0.0) + value * batch.size
+        named = dict(zip(result.figures, figures, strict=True))
+        self.log.record_step(course.step, course.epoch, {"loss": loss, "norm": norm, "lr": lr, **named})
+
+    def _refuse(self, batch: Batch, loss: float, norm: float, lr: float) -> None:
+        names = [name for share in self.ranks.gather(batch.ids) for name in share]
+        suspects = [name for share in self.ranks.gather(self.task.suspects(batch)) for name in share]
+        alone = f"not finite even alone: {', '.join(suspects)}; " if suspects else ""
+        raise NonFiniteLossError(
+            f"epoch {batch.epoch}, step {self.course.step + 1}: loss {loss}, gradient norm {norm} at "
+            f"learning rate {lr:.3g}; {alone}crystals of the batch: {', '.join(names)}. Check their cells "
+            "and targets; otherwise lower optim.lr or set optim.grad_clip"
+        )
+
+    def _end_epoch(self) -> None:
+        """Score the epoch, record it, and save checkpoints and state."""
+        course = self.course
+        with span("validation"):
+            metrics = self.task.validate()
+        monitored = metrics[self.task.monitor]
+        if not math.isfinite(monitored):
+            raise NonFiniteLossError(
+                f"epoch {course.epoch}: {self.task.monitor} is {monitored}; lower optim.lr"
+            )
+        train = {f"train_{name}": value / course.crystals for name, value in course.sums.items()}
+        lr = self.optim.lr * warmup_cosine(course.step - 1, self.warmup_steps, self.total_steps)
+        timing = {"lr": lr, "seconds": course.seconds, "graph_seconds": course.graph_seconds}
+        self.log.record(course.epoch, {**train, **metrics, **timing})
+        improved = self.tracker.update(monitored)
+        if improved:
+            course.best_epoch = course.epoch
+        with self.ranks.together(), span("checkpoint"):
+            if self.ranks.is_main:
+                self.save(course.epoch, metrics, improved)
+        self.log.say(_line(course.epoch, self.optim.epochs, {**train, **metrics}, course.seconds, improved))
+        course.next_epoch()
+        self._save_state()
+
+    def _save_is_due(self) -> bool:
+        every, minutes = self.checkpoint.every_steps, self.checkpoint.every_minutes
+        return (every is not None and (self.course.step + 1) % every == 0) or (
+            minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+        )
+
+    def _save_state(self) -> None:
+        if self.store is None:
+            return
+        with self.ranks.together(), span("checkpoint"):
+            if self.ranks.is_main:
+                weights = {_MODEL + name: value for name, value in self.task.model.state_dict().items()}
+                record = {
+                    "course": asdict(self.course),
+                    "tracker": self.tracker.state(),
+                    "log": self.log.position(),
+                    "ranks": self.ranks.size,
+                }
+                tensors = weights | pack_optimizer(self.training_step.optimizer)
+                self.store.save(self.course.step, tensors, record)
+        self._saved_at = time.monotonic()
 
 
-def _line(epoch: int, epochs: int, figures: dict[str, float], seconds: float, improved: bool) -> str:
+def _numbers(result: StepResult) -> list[float]:
+    """Read loss, norm and figures from the device, at once."""
+    values = (result.loss, result.norm, *result.figures.values())
+    return torch.stack([value.detach().double().reshape(()) for value in values]).tolist()
+
+
+def _line(epoch: int, epochs: int, figures: Mapping[str, Any], seconds: float, improved: bool) -> str:
     """One epoch's figures as one line."""
     shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
     return f"epoch {epoch:>{len(str(epochs))}}/{epochs}  {shown}  {seconds:.1f} s{'  *' if improved else ''}"

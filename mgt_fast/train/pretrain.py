@@ -10,19 +10,38 @@ import torch
 from rich.console import Console
 
 from ..checkpoint import BEST, LAST, CheckpointMeta, save_checkpoint
-from ..data import CrystalDataset
-from ..graph import CrystalGraph
-from ..losses import PretrainingLoss, draw_noise, pretraining_loss
+from ..distributed import Ranks
+from ..losses import denoising_losses, draw_noise, nt_xent_gradient
 from ..model import MGT
-from .batches import GraphSource, require_part, require_two, select_parts, shuffled_batches, split_evenly
+from ..profiling import span
+from .batches import require_part, require_two, select_parts
 from .config import PretrainConfig
-from .loop import FitResult, fit
-from .runlog import RunLog
-from .setup import autocast, describe_parts, manifest_digest, start_torch
+from .feed import BatchFeed, GraphSource
+from .loop import Fit, FitResult
+from .plan import BatchPlan
+from .run import open_run
+from .setup import (
+    autocast,
+    describe_device,
+    describe_parts,
+    graph_source,
+    manifest_digest,
+    memory_budget,
+    open_dataset,
+    planned_edges,
+    start_torch,
+)
+from .step import Batch, Chunk, ChunkLoss, JointLoss, batch_losses
+from .task import VALIDATION, GraphTask
 
 
-class PretrainTask:
-    """Fresh noise at every step; the held-out losses always see the same noise."""
+class PretrainTask(GraphTask):
+    """Fresh noise at every step; the held-out losses always see the same noise.
+
+    Args:
+        model, source, plan, config, ranks: see `GraphTask`.
+        held_out: plan of the batches on which the losses are reported.
+    """
 
     monitor = "val_loss"
 
@@ -30,100 +49,100 @@ class PretrainTask:
         self,
         model: MGT,
         source: GraphSource,
-        train: np.ndarray,
-        held_out: np.ndarray,
+        plan: BatchPlan,
+        held_out: BatchPlan,
         config: PretrainConfig,
+        ranks: Ranks | None = None,
     ):
-        self.model, self.source, self.train, self.held_out = model, source, train, held_out
-        self.config = config
-        self.steps_per_epoch = len(split_evenly(len(train), config.optim.batch_size, smallest=2))
-        self.generator = torch.Generator(source.device).manual_seed(config.seed)
+        super().__init__(model, source, plan, config, ranks)
+        self.held_out = BatchFeed(source, held_out, self.ranks, config.seed, VALIDATION)
+        self.compares_crystals = config.model.views == "both"
 
-    def batches(self, epoch: int) -> list[np.ndarray]:
-        """Return the training crystals in shuffled batches."""
-        return shuffled_batches(self.train, self.config.optim.batch_size, self.config.seed, epoch)
+    def forward(self, batch: Batch, chunk: Chunk) -> ChunkLoss:
+        """Compute a chunk's denoising losses, and the embeddings to be contrasted."""
+        settings, denoising = self.config.pretraining, self.config.model.denoising
+        with span("noise"):
+            noise = draw_noise(chunk.graph, settings.noise_std, chunk.keys)
+        with autocast(self.config, self.source.device) if self.model.training else nullcontext():
+            output = self.model(chunk.graph, noise, chunk.keys)
+        with span("loss"):
+            losses = denoising_losses(
+                output,
+                chunk.graph,
+                noise,
+                denoising=denoising,
+                noise_std=settings.noise_std,
+                num_edges=batch.num_edges,
+            )
+            # Reported per crystal; the per-edge loss is an average already.
+            share = batch.size if denoising == "crystal" else 1
+            loss, figures = torch.zeros((), device=self.source.device), {}
+            for view, weight, value in zip(
+                ("se3", "so3"), (settings.se3_weight, settings.so3_weight), losses, strict=True
+            ):
+                if value is not None:
+                    loss = loss + weight * value
+                    figures[f"{view}_denoising"] = value.detach() / share
+        embeddings = None
+        if self.compares_crystals:
+            embeddings = torch.stack((output.se3_proj, output.so3_proj)).float()
+        return ChunkLoss(loss, figures, embeddings)
 
-    def graph(self, indices: np.ndarray) -> CrystalGraph:
-        """Build the graphs of a batch."""
-        return self.source.graph(indices)
+    def joint_loss(self, embeddings: torch.Tensor) -> JointLoss:
+        """Contrast the two views of all crystals of a global batch."""
+        settings = self.config.pretraining
+        with span("loss"):
+            loss, gradient = nt_xent_gradient(*embeddings, settings.temperature)
+        weight = settings.contrastive_weight
+        return JointLoss(weight * loss, weight * gradient, {"contrastive": loss})
 
-    def loss(self, indices: np.ndarray, graph: CrystalGraph) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the pretraining loss and its parts."""
-        loss = self._losses(graph, self.generator)
-        return loss.total, self._parts(loss, graph)
-
-    @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Return the losses on the held-out part, averaged over its crystals."""
         self.model.eval()
-        generator = torch.Generator(self.source.device).manual_seed(self.config.seed)
         sums: dict[str, float] = {}
-        for graph in self.source.in_order(self.held_out, self.config.optim.batch_size):
-            loss = self._losses(graph, generator)
-            for name, value in {"loss": loss.total, **self._parts(loss, graph)}.items():
-                sums[name] = sums.get(name, 0.0) + float(value) * graph.num_crystals
-        return {f"val_{name}": total / len(self.held_out) for name, total in sums.items()}
-
-    def _losses(self, graph: CrystalGraph, generator: torch.Generator) -> PretrainingLoss:
-        settings = self.config.pretraining
-        noise = draw_noise(graph, settings.noise_std, generator)
-        with autocast(self.config, self.source.device) if self.model.training else nullcontext():
-            output = self.model(graph, noise)
-        return pretraining_loss(
-            output,
-            graph,
-            noise,
-            denoising=self.config.model.denoising,
-            noise_std=settings.noise_std,
-            temperature=settings.temperature,
-            weights=(settings.contrastive_weight, settings.se3_weight, settings.so3_weight),
-        )
-
-    def _parts(self, loss: PretrainingLoss, graph: CrystalGraph) -> dict[str, torch.Tensor]:
-        """Return the parts of a loss; denoising per crystal, or per edge in units of the noise's variance."""
-        share = graph.num_crystals if self.config.model.denoising == "crystal" else 1
-        parts = {
-            "contrastive": loss.contrastive,
-            "se3_denoising": None if loss.se3_denoising is None else loss.se3_denoising / share,
-            "so3_denoising": None if loss.so3_denoising is None else loss.so3_denoising / share,
-        }
-        return {name: value.detach() for name, value in parts.items() if value is not None}
+        for batch in self.ranks.in_step(self.held_out.batches(epoch=0)):
+            for name, value in batch_losses(self, self.ranks, batch).items():
+                sums[name] = sums.get(name, 0.0) + value * batch.size
+        return {f"val_{name}": total / len(self.held_out.plan.crystals) for name, total in sums.items()}
 
 
 def pretrain(
-    config: PretrainConfig, folder: str | Path, console: Console, overwrite: bool = False
+    config: PretrainConfig,
+    folder: str | Path,
+    console: Console,
+    overwrite: bool = False,
+    *,
+    resume: bool = False,
+    resume_from: int | None = None,
+    ranks: Ranks | None = None,
 ) -> FitResult:
-    """Pretrain a network and leave its run folder behind: best and last checkpoint, metrics, configuration.
+    """Pretrain a network and leave its run folder behind: checkpoints, states, metrics, configuration.
 
     Args:
         config: the run.
         folder: the run folder.
         console: where progress goes.
         overwrite: replace the run that the folder may hold.
+        resume: continue the run that the folder holds, bit for bit; see `run.open_run`.
+        resume_from: step of the state to continue from; None takes the latest.
+        ranks: of the run; None for a single one.
 
     Raises:
         DataError: if there are fewer than two crystals to learn from or none to hold out.
-        NonFiniteLossError: see `loop.fit`.
+        MemoryBudgetError: if a crystal does not fit the memory.
+        ConfigError, FileExistsError, FolderLockedError, CheckpointError: see `run.open_run`,
+            `loop.Fit.resume`.
+        NonFiniteLossError, RunStoppedError, RankError: see `loop.Fit.run`.
     """
+    ranks = ranks or Ranks()
     device = start_torch(config)
-    dataset = CrystalDataset.open(config.data.path)
-    parts = select_parts(dataset, config.data, config.seed)
-    held_out = require_part(parts, config.data.held_out, "hold out")
-    for name in config.data.train:
-        if name or len(config.data.train) == 1:  # crystals of no part are welcome, but there need be none
-            require_part(parts, name, "learn from")
-    chosen = {name: parts[name] for name in config.data.train if len(parts.get(name, ()))}
-    train = np.sort(np.concatenate(list(chosen.values())))
-    require_two(dataset, train)
-    source = GraphSource(dataset, config.data.max_neighbors, config.data.compat, device)
-    model = MGT(config.model, backend=config.backend).to(device)
-    digest = manifest_digest(dataset)
-    task = PretrainTask(model, source, train, held_out, config)
-    with RunLog(folder, config, console, overwrite) as log:
-        sizes = {name: len(part) for name, part in chosen.items()}
-        log.say(
-            f"pretraining on {len(train)} crystals ({describe_parts(sizes)}) on {device}; "
-            f"losses reported on {len(held_out)} of {config.data.held_out!r}"
+    task, sizes = pretraining_task(config, device, ranks, console)
+    digest = manifest_digest(task.source.dataset)
+    with open_run(folder, config, console, ranks, overwrite, resume) as run:
+        run.log.say(
+            f"pretraining on {sum(sizes.values())} crystals ({describe_parts(sizes)}) "
+            f"on {describe_device(device, ranks)}; "
+            f"losses reported on {len(task.held_out.plan.crystals)} of {config.data.held_out!r}"
         )
 
         def save(epoch: int, metrics: dict[str, float], improved: bool) -> None:
@@ -136,9 +155,44 @@ def pretrain(
                 metrics=metrics,
             )
             for name in (LAST, BEST) if improved else (LAST,):
-                save_checkpoint(log.folder / name, model, meta)
+                save_checkpoint(run.folder / name, task.model, meta)
 
-        result = fit(task, config.optim, log, save)
-        log.write_results({"epochs": result.epochs, "best_epoch": result.best_epoch, "val_loss": result.best})
-        log.say(f"best val_loss {result.best:.4g} in epoch {result.best_epoch}; checkpoints in {log.folder}")
+        fit = Fit(
+            task, config.optim, run.log, save, ranks=ranks, store=run.store, checkpoint=config.checkpoint
+        )
+        result = run.fit(fit, resume_from)
+        run.log.write_results(
+            {"epochs": result.epochs, "best_epoch": result.best_epoch, "val_loss": result.best}
+        )
+        run.log.say(
+            f"best val_loss {result.best:.4g} in epoch {result.best_epoch}; checkpoints in {run.folder}"
+        )
     return result
+
+
+def pretraining_task(
+    config: PretrainConfig, device: torch.device, ranks: Ranks, console: Console | None = None
+) -> tuple[PretrainTask, dict[str, int]]:
+    """Return a fresh network with its crystals, and how many of these come from each part."""
+    dataset = open_dataset(config.data.path, ranks)
+    parts = select_parts(dataset, config.data, config.seed)
+    held_out = require_part(parts, config.data.held_out, "hold out")
+    for name in config.data.train:
+        if name or len(config.data.train) == 1:  # crystals of no part are welcome, but there need be none
+            require_part(parts, name, "learn from")
+    chosen = {name: parts[name] for name in config.data.train if len(parts.get(name, ()))}
+    train = np.sort(np.concatenate(list(chosen.values())))
+    require_two(dataset, train)
+    edges = planned_edges(config, dataset, np.concatenate((train, held_out)), ranks, console)
+    common = {
+        "batch_size": config.optim.batch_size,
+        "num_ranks": ranks.size,
+        "budget": memory_budget(config, device),
+        "names": dataset.ids,
+    }
+    plan = BatchPlan(train, edges[train], seed=config.seed, smallest=2, **common)
+    unshuffled = BatchPlan(held_out, edges[held_out], **common)
+    source = graph_source(config, dataset, device, np.concatenate((train, held_out)))
+    model = MGT(config.model, backend=config.backend).to(device)
+    task = PretrainTask(model, source, plan, unshuffled, config, ranks)
+    return task, {name: len(part) for name, part in chosen.items()}

@@ -40,6 +40,14 @@ class BestTracker:
     stale: int = field(default=0, init=False)
     _reference: float = field(default=math.inf, init=False)
 
+    def state(self) -> dict[str, float]:
+        """Return what `restore` takes."""
+        return {"best": self.best, "stale": self.stale, "reference": self._reference}
+
+    def restore(self, state: dict[str, float]) -> None:
+        """Go on from another tracker's `state`."""
+        self.best, self.stale, self._reference = state["best"], int(state["stale"]), state["reference"]
+
     def update(self, value: float) -> bool:
         """Take in an epoch's value; return whether it is the best so far."""
         improved = value < self.best

@@ -1,18 +1,29 @@
-"""What both kinds of run do first: device, threads, seed, and the crystals of each part."""
+"""What both kinds of run do first: device, threads, seed, memory, and the dataset on every rank."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from rich.console import Console
 
 from ..checkpoint import CheckpointMeta
 from ..data import CrystalDataset
+from ..data.counts import edge_counts, require_graphs
+from ..data.resident import ResidentCrystals
 from ..data.store import MANIFEST
+from ..distributed import Ranks
 from ..kernels import resolve_backend
+from ..memory import bytes_per_edge
 from .config import ConfigError, RunConfig
+from .feed import GraphSource
+from .plan import MemoryBudget
 
 # What a checkpoint fixes about the network that continues from it, and about its graphs.
 ENCODER_SIZES = ("channels", "num_scalars", "num_vectors", "num_blocks")
@@ -35,6 +46,65 @@ def start_torch(config: RunConfig) -> torch.device:
     except RuntimeError as error:
         raise ConfigError(str(error)) from error
     return device
+
+
+def open_dataset(path: Path | None, ranks: Ranks) -> CrystalDataset:
+    """Open a dataset on every rank; one rank a machine verifies its hashes before any crystal is used."""
+    verifies = int(os.environ.get("LOCAL_RANK", ranks.rank)) == 0
+    with ranks.together():
+        dataset = CrystalDataset.open(path, verify=verifies)
+    return dataset
+
+
+def planned_edges(
+    config: RunConfig, dataset: CrystalDataset, indices: np.ndarray, ranks: Ranks, console: Console | None
+) -> np.ndarray:
+    """Return the number of edges of every crystal of a dataset, (n,), by which batches are planned.
+
+    Raises:
+        ValueError: if one of the crystals `indices` has no graph.
+    """
+    kind = config.data.max_neighbors, config.data.compat
+    with ranks.together():
+        edges = edge_counts(dataset, *kind, console if ranks.is_main else None)
+        require_graphs(dataset, edges, indices, *kind)
+    return edges
+
+
+def memory_budget(config: RunConfig, device: torch.device) -> MemoryBudget:
+    """Return what a training step may take on a rank, and what an edge takes (see `mgt_fast.memory`)."""
+    if config.memory_gib is not None:
+        limit = config.memory_gib * 2**30
+    elif device.type == "cuda":
+        limit = 0.85 * torch.cuda.get_device_properties(device).total_memory
+    else:
+        machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        limit = machine / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    backend = resolve_backend(config.backend, device)
+    whole, recomputed = (
+        bytes_per_edge(config.model, backend, config.precision, recompute) for recompute in (False, True)
+    )
+    return MemoryBudget(limit, whole, recomputed)
+
+
+def graph_source(
+    config: RunConfig, dataset: CrystalDataset, device: torch.device, indices: np.ndarray
+) -> GraphSource:
+    """Return what builds the graphs of the crystals `indices`, from device memory if they are to be there.
+
+    Raises:
+        ConfigError: if they shall be resident on a device that is no CUDA device, or with "comformer" graphs.
+    """
+    data = config.data
+    source = GraphSource(dataset, data.max_neighbors, data.compat, device)
+    possible = device.type == "cuda" and data.compat is None
+    if data.resident and not possible:
+        raise ConfigError(
+            "data.resident = true needs a CUDA device and data.compat = null; the run computes on "
+            f"{device} with data.compat = {_in_yaml(data.compat)}"
+        )
+    wanted = possible and ResidentCrystals.fits(dataset, device) if data.resident is None else data.resident
+    return replace(source, resident=ResidentCrystals(dataset, device, indices)) if wanted else source
 
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
@@ -85,6 +155,11 @@ def _in_yaml(value: int | str | None) -> str:
 def manifest_digest(dataset: CrystalDataset) -> str:
     """Return the SHA-256 of a dataset's manifest, which holds those of its shards."""
     return hashlib.sha256((dataset.path / MANIFEST).read_bytes()).hexdigest()
+
+
+def describe_device(device: torch.device, ranks: Ranks) -> str:
+    """Say where a run computes, as "cpu" or "cuda, 8 ranks"."""
+    return f"{device}, {ranks.size} ranks" if ranks.size > 1 else str(device)
 
 
 def describe_parts(sizes: Mapping[str, int]) -> str:

@@ -1,17 +1,13 @@
 import numpy as np
 import pytest
-import torch
 
 from mgt_fast.data import CrystalDataset, DatasetWriter, Target
 from mgt_fast.data.store import record_batch
 from mgt_fast.train.batches import (
     DataError,
-    GraphSource,
     require_part,
     require_two,
     select_parts,
-    shuffled_batches,
-    split_evenly,
     target_values,
 )
 from mgt_fast.train.config import DataConfig
@@ -84,50 +80,3 @@ def test_one_crystal_is_too_few_to_learn_from(dataset):
     require_two(dataset, np.array([3, 4]))
     with pytest.raises(DataError, match=r"the only crystal to learn from is salt-3; .*at least 2"):
         require_two(dataset, np.array([3]))
-
-
-@pytest.mark.parametrize(
-    ("n", "batch_size", "smallest", "expected"),
-    [
-        (10, 4, 1, [4, 3, 3]),
-        (9, 4, 1, [3, 3, 3]),
-        (8, 4, 1, [4, 4]),
-        (3, 8, 1, [3]),
-        (129, 128, 2, [65, 64]),
-        (5, 2, 2, [3, 2]),
-        (5, 2, 1, [2, 2, 1]),
-        (1, 2, 2, [1]),
-    ],
-)
-def test_split_evenly(n, batch_size, smallest, expected):
-    assert split_evenly(n, batch_size, smallest) == expected
-
-
-def test_every_sample_is_in_one_batch_of_every_epoch():
-    indices = np.arange(100, 123)
-    first, again, second = (shuffled_batches(indices, 8, seed=1, epoch=epoch) for epoch in (1, 1, 2))
-    for batches in (first, second):
-        assert sorted(np.concatenate(batches)) == indices.tolist()
-        assert [len(batch) for batch in batches] == [8, 8, 7]
-    assert [b.tolist() for b in first] == [b.tolist() for b in again]
-    assert np.concatenate(first).tolist() != np.concatenate(second).tolist()
-
-
-def test_graphs_come_in_order_with_the_last_partial_batch(dataset):
-    source = GraphSource(dataset, max_neighbors=6, compat=None, device=torch.device("cpu"))
-    graphs = list(source.in_order(np.array([4, 3, 19, 0, 7]), batch_size=2))
-    assert [graph.num_crystals for graph in graphs] == [2, 2, 1]
-    assert [name for graph in graphs for name in graph.ids] == [f"salt-{i}" for i in (4, 3, 19, 0, 7)]
-    assert graphs[0].edge_vec.dtype == torch.float32
-    assert list(source.in_order(np.array([], dtype=int), batch_size=2)) == []
-
-
-def test_graphs_are_made_for_the_device_of_the_network(dataset, monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        "mgt_fast.train.batches.network_input",
-        lambda crystals, *where, **how: asked.append((crystals.ids, where, how)),
-    )
-    device = torch.device("cuda", 1)
-    GraphSource(dataset, max_neighbors=6, compat="comformer", device=device).graph([3])
-    assert asked == [(("salt-3",), (device,), {"max_neighbors": 6, "compat": "comformer"})]

@@ -9,10 +9,11 @@ import torch
 
 from mgt_fast import MGT, CrystalGraph, MGTConfig, build_graph
 from mgt_fast.data import CrystalDataset
+from mgt_fast.kernels.random import fork_keys, stream_key
 from mgt_fast.losses import mean_over_crystals
 from mgt_fast.train import capture
 from mgt_fast.train.capture import CapturedStep, PaddedStep
-from mgt_fast.train.step import TrainingStep
+from mgt_fast.train.step import Batch, Chunk, ChunkLoss, TrainingStep
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 BATCHES = [[0, 1, 2], [3, 4], [5, 6, 7], [0, 1, 2], [3, 4], [1, 2, 0], [5, 6, 7], [3, 4]]
@@ -34,17 +35,28 @@ class SmallTask:
     model: MGT
     largest_batch: int = 3
     broken: bool = False
+    compares_crystals = False
 
     def batch_targets(self, indices):
         return torch.tensor(indices, dtype=torch.float32) / (0 if self.broken else 1)
 
-    def loss(self, indices, graph):
-        return self.loss_of(graph, self.batch_targets(indices).to(graph.numbers.device))
+    def forward(self, batch, chunk):
+        targets = self.batch_targets(chunk.crystals).to(chunk.graph.numbers.device)
+        return ChunkLoss(*self.loss_of(chunk.graph, targets, chunk.keys))
 
-    def loss_of(self, graph: CrystalGraph, targets):
-        error = self.model(graph).prediction.squeeze(1) - targets
+    def loss_of(self, graph: CrystalGraph, targets, keys):
+        error = self.model(graph, keys=keys).prediction.squeeze(1) - targets
         mae = mean_over_crystals(error.detach().abs(), graph)
         return mean_over_crystals(error.square(), graph), {"mae": mae}
+
+
+def one_chunk(indices, graph, step=0):
+    """A batch of one chunk, on the graph's device."""
+    indices = np.asarray(indices)
+    device = graph.numbers.device
+    keys = fork_keys(torch.from_numpy(indices), stream_key(step)).to(device)
+    chunk = Chunk(graph, indices, torch.arange(len(indices), device=device), keys)
+    return Batch(1, step, len(indices), graph.num_edges, (chunk,))
 
 
 def make_task(device="cpu", backend="torch", dropout=0.0):
@@ -58,7 +70,7 @@ def train(step, graphs, batches=BATCHES):
     device = step.parameters[0].device if type(step) is TrainingStep else None
     seen = []
     for i, (indices, graph) in enumerate(zip(batches, graphs, strict=False)):
-        result = step.gradients(indices, graph.to(device=device))
+        result = step.gradients(one_chunk(indices, graph.to(device=device), i))
         seen.append([float(value) for value in (result.loss, result.norm, result.figures["mae"])])
         step.update(1e-3 / (i + 1))
     return torch.tensor(seen), step.task.model.state_dict()
@@ -76,23 +88,25 @@ def test_padded_steps_train_as_ordinary_ones(graphs):
 @pytest.mark.parametrize("loss", ["mse", "l1", "huber"])
 def test_losses_of_fine_tuning_leave_filler_out(graphs, loss):
     pytest.importorskip("pydantic")
-    from mgt_fast.train.batches import GraphSource
     from mgt_fast.train.config import FinetuneConfig
+    from mgt_fast.train.feed import GraphSource
     from mgt_fast.train.finetune import FinetuneTask
+    from mgt_fast.train.plan import BatchPlan
     from mgt_fast.train.targets import TargetScaling
 
     task = FinetuneTask(
         make_task().model.double(),
         GraphSource(CrystalDataset.open(None), 6, None, torch.device("cpu")),
+        BatchPlan(np.arange(8), np.full(8, 50), 3, smallest=2),
         np.linspace(-1, 2, 8),
         {"train": np.arange(8)},
         TargetScaling(0.5, 2.0),
         FinetuneConfig(loss=loss),
     )
     indices = np.array(BATCHES[0])
-    expected = TrainingStep(task).gradients(indices, graphs[0])
+    expected = TrainingStep(task).gradients(one_chunk(indices, graphs[0]))
     expected_gradient = [p.grad for p in task.model.parameters()]
-    found = PaddedStep(task).gradients(indices, graphs[0])
+    found = PaddedStep(task).gradients(one_chunk(indices, graphs[0]))
     torch.testing.assert_close(
         [found.loss, found.figures["mae"]], [expected.loss, expected.figures["mae"]], rtol=1e-6, atol=0
     )
@@ -120,7 +134,7 @@ def test_crystals_without_statistics_are_named(graphs):
         row_ptr=graph.row_ptr.clamp(max=1),
     )
     with pytest.raises(ValueError, match=f"and 1 edges: batch statistics need at least 2 .*: {graph.ids[0]}"):
-        PaddedStep(make_task()).gradients(BATCHES[0], few)
+        PaddedStep(make_task()).gradients(one_chunk(BATCHES[0], few))
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
@@ -162,8 +176,8 @@ def test_captured_steps_train_as_ordinary_ones(graphs):
 def test_dropout_differs_between_replays(graphs):
     step = CapturedStep(make_task("cuda", "triton", dropout=0.5), weight_decay=0.0)
     losses = []
-    for _ in range(6):
-        losses.append(step.gradients(BATCHES[0], graphs[0]).loss.item())
+    for i in range(6):
+        losses.append(step.gradients(one_chunk(BATCHES[0], graphs[0], i)).loss.item())
         step.update(0.0)
     assert len(set(losses[2:])) > 1
 
@@ -174,6 +188,6 @@ def test_a_loss_that_is_not_finite_spares_the_weights(graphs):
     train(step, [graphs[0]] * 2, [BATCHES[0]] * 2)
     before = copy.deepcopy(list(step.task.model.parameters()))
     step.task.broken = True
-    assert not step.gradients(BATCHES[0], graphs[0]).loss.isfinite()
+    assert not step.gradients(one_chunk(BATCHES[0], graphs[0])).loss.isfinite()
     for parameter, kept in zip(step.task.model.parameters(), before, strict=True):
         assert torch.equal(parameter, kept)

@@ -1,5 +1,7 @@
 import io
 import json
+import os
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,10 +9,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from mgt_fast.train.config import EarlyStoppingConfig, FinetuneConfig, OptimConfig
-from mgt_fast.train.loop import NonFiniteLossError, fit
-from mgt_fast.train.runlog import METRICS, STEPS, RunLog, read_metrics
+from mgt_fast.train.config import CheckpointConfig, EarlyStoppingConfig, FinetuneConfig, OptimConfig
+from mgt_fast.train.interrupt import RunStoppedError
+from mgt_fast.train.loop import Fit, NonFiniteLossError
+from mgt_fast.train.runlog import METRICS, STEPS, RunLog, read_metrics, read_steps
+from mgt_fast.train.runstate import StateStore
 from mgt_fast.train.schedule import warmup_cosine
+from mgt_fast.train.step import Batch, Chunk, ChunkLoss
 
 OPTIM = OptimConfig(lr=0.3, epochs=6, warmup_epochs=1, batch_size=2, weight_decay=0)
 
@@ -20,31 +25,41 @@ class LineTask:
 
     monitor = "val_mae"
     steps_per_epoch = 2
+    compares_crystals = False
 
     def __init__(self, val=None, poison=()):
         self.model = torch.nn.Linear(1, 1, bias=False)
         torch.nn.init.zeros_(self.model.weight)
-        self.val, self.poison = iter(val) if val else None, poison
-        self.seen, self.modes = [], []
+        self.val, self.poison = list(val) if val else None, poison
+        self.seen, self.modes, self.validations = [], [], 0
 
-    def batches(self, epoch):
-        return [np.array([1, 2]), np.array([3])]
+    def batches(self, epoch, first):
+        for number, crystals in list(enumerate(([1, 2], [3])))[first:]:
+            names = [f"crystal-{i}" for i in crystals]
+            graph = SimpleNamespace(ids=names, check_status=lambda: None)
+            chunk = Chunk(graph, np.array(crystals), torch.arange(len(crystals)), torch.arange(len(crystals)))
+            yield Batch(epoch, number, len(crystals), 0, (chunk,))
 
-    def graph(self, indices):
-        return SimpleNamespace(ids=[f"crystal-{i}" for i in indices])
-
-    def loss(self, indices, graph):
-        self.seen.append(indices.tolist())
+    def forward(self, batch, chunk):
+        self.seen.append(chunk.crystals.tolist())
         self.modes.append(self.model.training)
-        x = torch.tensor(indices, dtype=torch.float32)[:, None]
+        x = torch.tensor(chunk.crystals, dtype=torch.float32)[:, None]
         loss = (self.model(x) - 2 * x).square().mean()
-        if set(indices) & set(self.poison):
+        if set(chunk.crystals) & set(self.poison):
             loss = loss * torch.nan
-        return loss, {"size": torch.tensor(float(len(indices)))}
+        return ChunkLoss(loss, {"size": torch.tensor(float(batch.size))})
 
     def validate(self):
         self.model.eval()
-        return {"val_mae": next(self.val) if self.val else abs(self.model.weight.item() - 2)}
+        self.validations += 1
+        return {"val_mae": self.val[self.validations - 1] if self.val else abs(self.model.weight.item() - 2)}
+
+    def suspects(self, batch):
+        return [name for name in batch.ids if int(name[-1]) in self.poison]
+
+
+def fit(task, optim, log, save=lambda *_: None, *args, **options):
+    return Fit(task, optim, log, save, *args, **options).run()
 
 
 @pytest.fixture
@@ -87,15 +102,16 @@ def test_early_stopping_and_best(log):
 def test_nan_loss_names_the_crystals_and_spares_the_weights(log):
     task = LineTask(poison=[3])
     with pytest.raises(
-        NonFiniteLossError, match=r"epoch 1, step 2: loss nan.*crystals of the batch: crystal-3\."
+        NonFiniteLossError,
+        match=r"epoch 1, step 2: loss nan.*alone: crystal-3; crystals of the batch: crystal-3\.",
     ):
-        fit(task, OPTIM, log, lambda *_: None)
+        fit(task, OPTIM, log)
     assert torch.isfinite(task.model.weight).all()
 
 
 def test_nan_metric_stops_the_run(log):
     with pytest.raises(NonFiniteLossError, match="epoch 2: val_mae is nan"):
-        fit(LineTask(val=[1.0, float("nan")]), OPTIM, log, lambda *_: None)
+        fit(LineTask(val=[1.0, float("nan")]), OPTIM, log)
 
 
 def test_gradient_clipping_bounds_the_step(log):
@@ -106,8 +122,73 @@ def test_gradient_clipping_bounds_the_step(log):
             norms.append(self.model.weight.grad.norm().item())
             return super().validate()
 
-    fit(Spy(), OPTIM.model_copy(update={"grad_clip": 0.5, "epochs": 1}), log, lambda *_: None)
+    fit(Spy(), OPTIM.model_copy(update={"grad_clip": 0.5, "epochs": 1}), log)
     assert norms[0] == pytest.approx(0.5, rel=1e-4)
+
+
+def test_every_step_is_recorded(log):
+    task = LineTask()
+    fit(task, OPTIM, log)
+    log.position()
+    steps = read_steps(log.folder)
+    assert [(record["step"], record["epoch"]) for record in steps] == [(i + 1, i // 2 + 1) for i in range(12)]
+    averages = [(2 * a["loss"] + b["loss"]) / 3 for a, b in zip(steps[::2], steps[1::2], strict=True)]
+    assert averages == pytest.approx([record["train_loss"] for record in read_metrics(log.folder)])
+
+
+class Killed(BaseException):
+    """What ends a run as if its process were killed: nothing catches it."""
+
+
+@pytest.mark.parametrize("last_step", range(12))
+def test_a_run_continues_from_every_step(tmp_path, last_step):
+    """Killed after each step in turn, with states saved every second step: the same weights, steps, metrics."""
+
+    class Mortal(LineTask):
+        def forward(self, batch, chunk):
+            if len(self.seen) == last_step:
+                raise Killed
+            return super().forward(batch, chunk)
+
+    def run(task, resume=False):
+        folder = tmp_path / type(task).__name__
+        with RunLog(folder, FinetuneConfig(), Console(file=io.StringIO()), resume=resume) as log:
+            checkpoint = CheckpointConfig(every_steps=3)
+            store = StateStore(folder)
+            stopping = EarlyStoppingConfig(patience=5)
+            made = Fit(task, OPTIM, log, lambda *_: None, stopping, store=store, checkpoint=checkpoint)
+            if resume and store.exists():
+                made.resume()
+            elif resume:
+                log.rewind(None)
+            result = made.run()
+        metrics = [{k: v for k, v in r.items() if "seconds" not in k} for r in read_metrics(folder)]
+        return result, metrics, read_steps(folder), task.model.weight.item()
+
+    expected = run(LineTask())
+    with pytest.raises(Killed):
+        run(Mortal())
+    resumed = LineTask()
+    (tmp_path / "Mortal").rename(tmp_path / "LineTask.old")
+    (tmp_path / "LineTask").rename(tmp_path / "whole")
+    (tmp_path / "LineTask.old").rename(tmp_path / "LineTask")
+    assert run(resumed, resume=True) == expected
+    assert len(resumed.seen) < 12 or last_step < 2
+
+
+def test_a_signal_saves_and_stops(tmp_path):
+    class Asked(LineTask):
+        def forward(self, batch, chunk):
+            if len(self.seen) == 4:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return super().forward(batch, chunk)
+
+    with RunLog(tmp_path, FinetuneConfig(), Console(file=io.StringIO())) as log:
+        with pytest.raises(RunStoppedError, match=r"after step [56] of 12 \(epoch 3\).*--resume") as caught:
+            fit(Asked(), OPTIM, log, store=StateStore(tmp_path))
+        assert caught.value.signal == signal.SIGUSR1
+        assert StateStore(tmp_path).load()[1]["course"]["step"] in (5, 6)
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
 
 
 def test_run_folder_is_not_overwritten_unasked(tmp_path):
