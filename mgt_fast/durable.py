@@ -45,6 +45,15 @@ def sync_folder(path: Path) -> None:
         os.close(folder)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it that are missing, and sync their names."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    if missing:
+        path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync_folder(folder.parent)
+
+
 def replace_file(path: Path, data: bytes) -> None:
     """Write a file in one step: until it is whole on the disk, the old one stays.
 

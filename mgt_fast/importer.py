@@ -22,6 +22,7 @@ _NAMES = re.compile(
     r"collections OrderedDict|torch (\w+Storage|Size|device|\w*\d+)"
     r"|torch\._utils _rebuild_(tensor_v2|parameter)"
 )
+_LARGEST_TUPLE = 10_000  # the arguments that rebuild a tensor are some twenty objects
 # What zipfile, pickletools and torch raise upon damaged files.
 _DAMAGES = (
     *(pickle.UnpicklingError, zipfile.BadZipFile, EOFError, LookupError, TypeError, AttributeError),
@@ -83,17 +84,39 @@ def _check_archive(path: Path) -> None:
             raise ValueError("its archive holds an entry twice")
         for name in names:
             if name.endswith(".pkl"):
-                _check_names(archive.read(name))
+                _check_pickle(archive.read(name))
 
 
-def _check_names(pickled: bytes) -> None:
-    """Refuse a pickle that names anything but the parts of tensors."""
+def _check_pickle(pickled: bytes) -> None:
+    """Refuse a pickle that names anything but the parts of tensors, or twins of twins of tuples.
+
+    A dictionary whose key nests the same tuple again and again would take for ever.
+    """
+    sizes: list = []  # of the objects on the stack: the objects in a tuple, however often; 1 for all others
+    memo: dict[int, int] = {}
     for opcode, argument, _ in pickletools.genops(pickled):
-        named = opcode.name in ("GLOBAL", "INST") and argument
-        if named and not _NAMES.fullmatch(named):
-            raise ValueError(f"it names {named.replace(' ', '.')}")
-        if opcode.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
-            raise ValueError(f"it names objects as torch.save does not ({opcode.name})")
+        name, before = opcode.name, opcode.stack_before
+        if name in ("GLOBAL", "INST") and not _NAMES.fullmatch(argument):
+            raise ValueError(f"it names {argument.replace(' ', '.'):.100}")
+        if name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4", "DUP"):
+            raise ValueError(f"it uses {name}, which torch.save does not")
+        if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            memo[len(memo) if name == "MEMOIZE" else argument] = sizes[-1]
+            continue
+        taken = []
+        if pickletools.markobject in before:
+            while (size := sizes.pop()) is not pickletools.markobject:
+                taken.append(size)
+            before = before[: before.index(pickletools.markobject)]
+        taken += [sizes.pop() for _ in before]
+        if name == "MARK":
+            sizes.append(pickletools.markobject)
+        elif opcode.stack_after:
+            size = 1 + sum(taken) if "TUPLE" in name else 1
+            size = memo[argument] if name in ("GET", "BINGET", "LONG_BINGET") else size
+            if size > _LARGEST_TUPLE:
+                raise ValueError(f"a tuple in it holds more than {_LARGEST_TUPLE} objects")
+            sizes += [size] * len(opcode.stack_after)
 
 
 def published_state_dict(state: Mapping[str, torch.Tensor]) -> tuple[State, list[str]]:

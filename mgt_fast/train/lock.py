@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
-from ..durable import write_all
+from ..durable import make_folder, write_all
 
 LOCK = ".lock"
 _PATIENCE = 2.0  # seconds in which a process that has just taken the lock writes its name
@@ -53,7 +53,7 @@ class FolderLock:
         """
         if self._file in _held:
             raise RuntimeError(f"{self.folder} is locked through this object already")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         while (file := self._try()) is None:
             pass  # whoever held it has just given it back
         self._file = file

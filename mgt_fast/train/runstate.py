@@ -27,7 +27,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from ..checkpoint import CheckpointError
-from ..durable import TEMPORARY, explained, move_into_place, remove_leftovers, sync_folder, write_synced
+from ..durable import (
+    TEMPORARY,
+    explained,
+    make_folder,
+    move_into_place,
+    remove_leftovers,
+    sync_folder,
+    write_synced,
+)
 
 CHECKPOINTS, LATEST = "checkpoints", "latest"
 TENSORS, STATE = "tensors.safetensors", "state.json"
@@ -188,9 +196,7 @@ class StateStore:
 
     def _make_folder(self) -> None:
         """Make the folder, or remove what killed processes left in it."""
-        if not self.folder.is_dir():
-            self.folder.mkdir(parents=True)
-            sync_folder(self.folder.parent)
+        make_folder(self.folder)
         for leftover in self.folder.glob(f".step-*{TEMPORARY}"):
             shutil.rmtree(leftover)
         remove_leftovers(self.folder / LATEST)
