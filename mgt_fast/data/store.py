@@ -384,7 +384,7 @@ def _open_shard(file: Path, entry: dict, schema: pa.Schema) -> pa.RecordBatch:
         and numbers.values.to_numpy().max(initial=1) <= MAX_ATOMIC_NUMBER
     )
     if not sound:
-        raise DatasetError(f"{file} holds crystals that cannot be; {RESTORE}")
+        raise DatasetError(f"{file} is damaged: its columns do not fit together; {RESTORE}")
     return shard
 
 
