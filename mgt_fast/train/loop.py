@@ -171,7 +171,7 @@ class Fit:
             start = time.perf_counter()
             batch, stop, save = self._next(batches)
             course.graph_seconds += time.perf_counter() - start
-            self._take_step(batch)
+            self.take_step(batch)
             course.seconds += time.perf_counter() - start
             advance()
             if stop or save:
@@ -197,7 +197,12 @@ class Fit:
             self.ranks.agree(error)
         return batch, stop > 0, save > 0
 
-    def _take_step(self, batch: Batch) -> None:
+    def take_step(self, batch: Batch) -> None:
+        """Learn from one batch and record it; an epoch's end is not looked at.
+
+        Raises:
+            NonFiniteLossError: see `run`.
+        """
         course = self.course
         lr = self.optim.lr * warmup_cosine(course.step, self.warmup_steps, self.total_steps)
         result = self.training_step.gradients(batch)
