@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from graphs import real_graph
@@ -16,7 +17,7 @@ from mgt_fast import MGT, CrystalGraph, MGTConfig
 from mgt_fast.losses import draw_noise, mean_over_crystals, pretraining_loss
 from mgt_fast.reference import ReferenceMGT
 from mgt_fast.train.capture import CapturedStep
-from mgt_fast.train.step import StepResult
+from mgt_fast.train.step import Batch, Chunk, StepResult
 
 MODELS = {
     "reference": ReferenceMGT,
@@ -142,7 +143,11 @@ class Runner:
     def captured(self, graph: CrystalGraph) -> tuple[Callable[[], StepResult], Callable[[], None]]:
         """Return the halves of a captured step; the graph is padded on the CPU and copied in each."""
         step = CapturedStep(SmallBatch(self.network, graph.num_crystals, self.rival.precision))
-        gradients = partial(step.gradients, range(graph.num_crystals), graph.to(device="cpu"))
+        crystals = np.arange(graph.num_crystals)
+        keys = places = torch.from_numpy(crystals)
+        chunk = Chunk(graph.to(device="cpu"), crystals, places, keys)
+        batch = Batch(1, 0, graph.num_crystals, graph.num_edges, (chunk,))
+        gradients = partial(step.gradients, batch)
         return gradients, partial(step.update, 1e-5)
 
     def answers(self, graph: CrystalGraph) -> dict[str, torch.Tensor]:
@@ -177,14 +182,16 @@ class SmallBatch:
     largest_batch: int
     precision: str
 
-    def batch_targets(self, indices: range) -> torch.Tensor:
+    def batch_targets(self, crystals: np.ndarray) -> torch.Tensor:
         """Return the targets, (B,)."""
-        return torch.linspace(-1, 1, len(indices))
+        return torch.linspace(-1, 1, len(crystals))
 
-    def loss_of(self, graph: CrystalGraph, targets: torch.Tensor) -> tuple[torch.Tensor, dict]:
+    def loss_of(
+        self, graph: CrystalGraph, targets: torch.Tensor, keys: torch.Tensor
+    ) -> tuple[torch.Tensor, dict]:
         """Return the loss, and no figures."""
         with torch.autocast(device().type, torch.bfloat16, enabled=self.precision == "bf16"):
-            prediction = self.model(graph).prediction.squeeze(1)
+            prediction = self.model(graph, keys=keys).prediction.squeeze(1)
         return mean_over_crystals((prediction.float() - targets).square(), graph), {}
 
 

@@ -84,6 +84,12 @@ class ResidentCrystals:
             free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return ResidentCrystals.nbytes(dataset, indices) <= share * free
 
+    @property
+    def nbytes_held(self) -> int:
+        """Bytes of device memory that the crystals take."""
+        tensors = (self._first_atom, self._numbers, self._frac_coords, self._cell, self._pbc)
+        return sum(tensor.nbytes for tensor in tensors)
+
     def gather(self, indices) -> CrystalBatch:
         """Return crystals as `CrystalDataset.gather` does, bit for bit, on the device.
 

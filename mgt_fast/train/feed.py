@@ -46,6 +46,11 @@ class GraphSource:
     device: torch.device
     resident: ResidentCrystals | None = None
 
+    @property
+    def resident_bytes(self) -> int:
+        """Device memory that the crystals take."""
+        return 0 if self.resident is None else self.resident.nbytes_held
+
     def gather(self, indices: np.ndarray) -> CrystalBatch:
         """Return the crystals `indices`, on the device if they live there, otherwise on their way to it."""
         if self.resident is not None:

@@ -247,6 +247,7 @@ def finetuning_task(
     )
     used = np.concatenate([parts[name] for name in PARTS if name in parts])
     edges = planned_edges(config, dataset, used, ranks, console)
+    source = graph_source(config, dataset, device, used)
     plan = BatchPlan(
         train,
         edges[train],
@@ -254,10 +255,9 @@ def finetuning_task(
         num_ranks=ranks.size,
         seed=config.seed,
         smallest=2,
-        budget=memory_budget(config, device),
+        budget=memory_budget(config, device, source.resident_bytes),
         names=dataset.ids,
     )
-    source = graph_source(config, dataset, device, used)
     return FinetuneTask(model.to(device), source, plan, targets, parts, scaling, config, ranks), known
 
 

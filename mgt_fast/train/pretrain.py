@@ -184,15 +184,15 @@ def pretraining_task(
     train = np.sort(np.concatenate(list(chosen.values())))
     require_two(dataset, train)
     edges = planned_edges(config, dataset, np.concatenate((train, held_out)), ranks, console)
+    source = graph_source(config, dataset, device, np.concatenate((train, held_out)))
     common = {
         "batch_size": config.optim.batch_size,
         "num_ranks": ranks.size,
-        "budget": memory_budget(config, device),
+        "budget": memory_budget(config, device, source.resident_bytes),
         "names": dataset.ids,
     }
     plan = BatchPlan(train, edges[train], seed=config.seed, smallest=2, **common)
     unshuffled = BatchPlan(held_out, edges[held_out], **common)
-    source = graph_source(config, dataset, device, np.concatenate((train, held_out)))
     model = MGT(config.model, backend=config.backend).to(device)
     task = PretrainTask(model, source, plan, unshuffled, config, ranks)
     return task, {name: len(part) for name, part in chosen.items()}

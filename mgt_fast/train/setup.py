@@ -71,12 +71,18 @@ def planned_edges(
     return edges
 
 
-def memory_budget(config: RunConfig, device: torch.device) -> MemoryBudget:
-    """Return what a training step may take on a rank, and what an edge takes (see `mgt_fast.memory`)."""
+def memory_budget(config: RunConfig, device: torch.device, resident: int = 0) -> MemoryBudget:
+    """Return what a training step may take on a rank, and what an edge takes (see `mgt_fast.memory`).
+
+    Args:
+        config: of the run.
+        device: that it computes on.
+        resident: bytes of crystals that live there.
+    """
     if config.memory_gib is not None:
         limit = config.memory_gib * 2**30
     elif device.type == "cuda":
-        limit = 0.85 * torch.cuda.get_device_properties(device).total_memory
+        limit = 0.85 * (torch.cuda.get_device_properties(device).total_memory - resident)
     else:
         machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         limit = machine / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -103,7 +109,9 @@ def graph_source(
             "data.resident = true needs a CUDA device and data.compat = null; the run computes on "
             f"{device} with data.compat = {_in_yaml(data.compat)}"
         )
-    wanted = possible and ResidentCrystals.fits(dataset, device) if data.resident is None else data.resident
+    wanted = data.resident
+    if wanted is None:
+        wanted = possible and ResidentCrystals.fits(dataset, device, indices)
     return replace(source, resident=ResidentCrystals(dataset, device, indices)) if wanted else source
 
 

@@ -67,7 +67,8 @@ def test_memory_is_known_beforehand(dataset, device, indices):
     held = ResidentCrystals(dataset, device, indices)
     tensors = [value for value in vars(held).values() if isinstance(value, torch.Tensor)]
     assert len(tensors) == 5
-    assert ResidentCrystals.nbytes(dataset, indices) == sum(tensor.nbytes for tensor in tensors)
+    total = sum(tensor.nbytes for tensor in tensors)
+    assert ResidentCrystals.nbytes(dataset, indices) == held.nbytes_held == total
     assert ResidentCrystals.fits(dataset, device, indices)
     assert not ResidentCrystals.fits(dataset, device, indices, share=0.0)
 
