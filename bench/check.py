@@ -232,14 +232,14 @@ def figure(entry: dict, field: str, form: str, scale: float = 1.0) -> str:
     return form.format(scale * entry[field]) if field in entry else ""
 
 
-def missed_goals(findings: list[Finding]) -> list[str]:
-    """Name the goals that the run missed; they are told, not judged, as they hold for an idle machine."""
+def missed_goals(measured: dict[str, dict]) -> list[str]:
+    """Name the goals that a run missed; they are told, not judged, as they hold for an idle machine."""
     missed = []
-    for f in findings:
-        for goal, (value, low, high) in f.measured.get("goals", {}).items():
+    for name, entry in measured.items():
+        for goal, (value, low, high) in entry.get("goals", {}).items():
             if not (low or -float("inf")) <= value <= (high or float("inf")):
                 limit = f"at least {low:g}" if low else f"at most {high:g}"
-                missed.append(f"{f.name}: {goal} is {value:.4g}, the goal {limit}")
+                missed.append(f"{name}: {goal} is {value:.4g}, the goal {limit}")
     return missed
 
 
@@ -256,7 +256,7 @@ def report(run: dict, findings: list[Finding], console: Console) -> int:
     }
     if changed:
         console.print(f"versions differ from the record's: {', '.join(sorted(changed))}")
-    for goal in missed_goals(findings):
+    for goal in missed_goals(entries(run)):
         console.print(f"goal missed: {goal}", markup=False, soft_wrap=True)
     for f in findings:
         if f.note:

@@ -1,9 +1,9 @@
 """Options and hooks of the benchmarks.
 
 `--smoke` takes tiny sizes, to see that everything runs; `--seconds` starts no benchmark after so many. The
-mark `fast` stands on fast paths, each of which names its rival (`pairs.against`), `full` on what `make bench`
-leaves out because it takes long. A benchmark without a figure (out of memory, out of time, failed) is listed
-under "unmeasured" in the results, with the reason.
+mark `fast` stands on fast paths, which name their rivals (`pairs.against`), `full` on what `make bench`
+leaves out. A benchmark without a figure (out of memory, out of time, failed) is listed under "unmeasured" in
+the results, with the reason.
 """
 
 from __future__ import annotations
