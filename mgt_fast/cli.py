@@ -304,6 +304,10 @@ def predict(
     batch_size: BatchOption = 64,
     workers: WorkersOption = None,
     device: DeviceOption = "auto",
+    memory_gib: Annotated[
+        float | None,
+        typer.Option(help="Memory a batch may take; a share of the device's when absent.", min=0),
+    ] = None,
 ) -> None:
     """Predict crystals: id, prediction, and the router's contribution of each view.
 
@@ -327,7 +331,8 @@ def predict(
                     check_new_table(path, overwrite)
                 network = load_model(model, device=resolve_device(device))
             console = err if ranks.is_main else None
-            table, rejects = predict_paths(network, paths, batch_size, workers, console, ranks)
+            memory = None if memory_gib is None else memory_gib * 2**30
+            table, rejects = predict_paths(network, paths, batch_size, workers, console, ranks, memory)
         if not ranks.is_main:
             return
         for path in (output, rejects_path):

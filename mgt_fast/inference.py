@@ -25,10 +25,19 @@ from .data.readers.inputs import Inputs
 from .data.store import MANIFEST
 from .distributed import Ranks
 from .graph import CrystalGraph, network_input
+from .memory import memory_limit
 from .model import MGT
 from .structures import CrystalBatch
 
 REFERENCE, PREDICTION = "reference", "prediction"  # first words of a table's columns
+
+NUMBERS_PER_EDGE = 15
+"""Numbers an edge and channel that a prediction holds at its peak (in tests/test_inference.py compared with what
+a CPU took)."""
+
+
+class TooLargeError(ValueError):
+    """Crystals whose prediction would not fit the memory."""
 
 
 @dataclass(frozen=True)
@@ -209,17 +218,50 @@ def _predict_graph(model: MGT, graph: CrystalGraph, meta: CheckpointMeta) -> Pre
     )
 
 
-def predict_crystals(model: MGT, batches: Iterable[CrystalBatch]) -> PredictionTable:
-    """Build the graphs the checkpoint prescribes and predict; see `predict_graphs`."""
+def predict_crystals(
+    model: MGT, batches: Iterable[CrystalBatch], memory: float | None = None
+) -> PredictionTable:
+    """Build the graphs the checkpoint prescribes and predict; see `predict_graphs`.
+
+    Args:
+        model: a network for prediction.
+        batches: of crystals.
+        memory: bytes that a batch may take; None for a share of the device's, see `memory.memory_limit`.
+
+    Raises:
+        TooLargeError: for a batch that would take more, before its graphs are built or right after.
+        TypeError, ValueError: as `network_input` and `predict_graphs`.
+    """
     meta = prediction_meta(model)
     parameter = next(model.parameters())
-    kind = {"max_neighbors": meta.max_neighbors, "compat": meta.compat}
-    graphs = (network_input(crystals, parameter.device, parameter.dtype, **kind) for crystals in batches)
-    return predict_graphs(model, graphs)
+    limit = memory_limit(parameter.device) if memory is None else memory
+    bytes_per_edge = NUMBERS_PER_EDGE * model.config.channels * parameter.dtype.itemsize
+
+    def check(crystals: CrystalBatch, num_edges: int) -> None:
+        if num_edges * bytes_per_edge > limit:
+            raise TooLargeError(
+                f"to predict {', '.join(crystals.ids[:3])}{', ...' * (len(crystals) > 3)} with {num_edges} edges "
+                f"takes about {num_edges * bytes_per_edge / 2**30:.3g} GiB, {limit / 2**30:.3g} GiB are allowed; "
+                "predict fewer crystals at a time, or raise the limit (--memory-gib, memory=)"
+            )
+
+    def graph(crystals: CrystalBatch) -> CrystalGraph:
+        check(crystals, len(crystals.numbers) * meta.max_neighbors)  # there are at least so many
+        built = network_input(
+            crystals, parameter.device, parameter.dtype, max_neighbors=meta.max_neighbors, compat=meta.compat
+        )
+        check(crystals, built.num_edges)
+        return built
+
+    return predict_graphs(model, map(graph, batches))
 
 
 def predict_structures(
-    model: MGT, structures: Sequence, ids: Sequence[str] | None = None, batch_size: int = 64
+    model: MGT,
+    structures: Sequence,
+    ids: Sequence[str] | None = None,
+    batch_size: int = 64,
+    memory: float | None = None,
 ) -> PredictionTable:
     """Predict pymatgen Structures and ASE Atoms (they may be mixed).
 
@@ -228,10 +270,11 @@ def predict_structures(
         structures: the crystals.
         ids: one name a crystal; "0", "1", ... when absent.
         batch_size: crystals at a time.
+        memory: bytes that they may take; see `predict_crystals`.
 
     Raises:
         TypeError, ValueError: for a single structure, for more or fewer ids than structures, and as
-            `CrystalBatch.from_structures` and `predict_graphs`.
+            `CrystalBatch.from_structures` and `predict_crystals`.
     """
     if hasattr(structures, "frac_coords") or hasattr(structures, "get_scaled_positions"):
         raise TypeError(f"structures is a single {type(structures).__name__}; pass a list of them")
@@ -245,6 +288,7 @@ def predict_structures(
             CrystalBatch.from_structures(structures[i : i + batch_size], ids[i : i + batch_size])
             for i in range(0, len(structures), batch_size)
         ),
+        memory,
     )
 
 
@@ -255,7 +299,8 @@ class Reject:
     Attributes:
         source: the file, or the dataset.
         id: the crystal's name.
-        reason: a short code; those of reading are `data.prepare`'s, "no_prediction" is what comes after it.
+        reason: a short code; those of reading are `data.prepare`'s, "too_large" and "no_prediction" come after
+            it.
         value: what is at fault.
         message: the same in words.
     """
@@ -268,14 +313,14 @@ class Reject:
 
 
 def predict_dataset(
-    model: MGT, dataset: CrystalDataset, batch_size: int = 64
+    model: MGT, dataset: CrystalDataset, batch_size: int = 64, memory: float | None = None
 ) -> tuple[PredictionTable | None, list[Reject]]:
     """Predict every crystal of a dataset; one that cannot be predicted does not stop the others.
 
     Returns:
         The predictions in the dataset's order, None if there are none; and the crystals left out.
     """
-    return _collect([_predict_rows(model, dataset, _batches(dataset, batch_size))])
+    return _collect([_predict_rows(model, dataset, _batches(dataset, batch_size), memory)])
 
 
 def predict_paths(
@@ -285,6 +330,7 @@ def predict_paths(
     workers: int | None = None,
     console: Console | None = None,
     ranks: Ranks | None = None,
+    memory: float | None = None,
 ) -> tuple[PredictionTable | None, list[Reject]]:
     """Predict the crystals of files, folders, archives (all that `data.prepare` reads) and datasets.
 
@@ -298,6 +344,7 @@ def predict_paths(
         workers: processes that read files; None for one a core, 0 for none (see `data.prepare`).
         console: where progress and files without crystals are reported; None for nowhere.
         ranks: that take turns at the batches and all get the result; None for a single one.
+        memory: bytes that a batch may take; see `predict_crystals`.
 
     Returns:
         The predictions, None if there are none; and the records left out.
@@ -315,7 +362,7 @@ def predict_paths(
         datasets = [CrystalDataset.open(path) for path in itertools.compress(unique, is_dataset)]
         inputs = Inputs(files) if files else None
         with nullcontext() if console is None else console.status("predicting") as status:
-            for result in _own_results(model, datasets, inputs, batch_size, workers, ranks):
+            for result in _own_results(model, datasets, inputs, batch_size, workers, ranks, memory):
                 results.append(result)
                 if status is not None:
                     done = sum(len(sources) for _, (_, sources, _) in results)
@@ -327,6 +374,7 @@ def predict_paths(
 
 
 # Tables of batches, where each of their crystals comes from, and the crystals left out.
+_FAULTS = (ValueError, MemoryError, torch.OutOfMemoryError)
 _Result = tuple[list[PredictionTable], list[str], list[Reject]]
 
 
@@ -337,17 +385,18 @@ def _own_results(
     batch_size: int,
     workers: int | None,
     ranks: Ranks,
+    memory: float | None,
 ) -> Iterator[tuple[int, _Result]]:
     """Yield what this rank predicts, each piece with its number among all ranks' pieces."""
     number = 0
     for dataset in datasets:
         batches = _batches(dataset, batch_size)
         for own in range((ranks.rank - number) % ranks.size, len(batches), ranks.size):
-            yield number + own, _predict_rows(model, dataset, batches[own : own + 1])
+            yield number + own, _predict_rows(model, dataset, batches[own : own + 1], memory)
         number += len(batches)
     if inputs is not None:
         first = number + (ranks.rank - number) % ranks.size
-        files = _predict_files(model, inputs, batch_size, workers, first - number, ranks.size)
+        files = _predict_files(model, inputs, batch_size, workers, first - number, ranks.size, memory)
         for own, result in enumerate(files):
             yield first + own * ranks.size, result
 
@@ -361,6 +410,7 @@ def _predict_rows(
     model: MGT,
     dataset: CrystalDataset,
     batches: Sequence[np.ndarray],
+    memory: float | None,
     sources: Sequence[str] | None = None,
 ) -> _Result:
     """Predict batches of a dataset's crystals, which come from `sources`; None: from the dataset."""
@@ -371,21 +421,28 @@ def _predict_rows(
     tables, kept, rejects = [], [], []
     for indices in batches:
         try:
-            tables.append(predict_crystals(model, [dataset.gather(indices)]))
+            tables.append(predict_crystals(model, [dataset.gather(indices)], memory))
             kept += indices.tolist()
-        except ValueError:  # some crystal of this batch: find out which
+        except _FAULTS:  # some crystal of this batch: find out which
             for index in indices:
                 try:
-                    tables.append(predict_crystals(model, [dataset.gather([index])]))
+                    tables.append(predict_crystals(model, [dataset.gather([index])], memory))
                     kept.append(index)
-                except ValueError as error:
+                except _FAULTS as error:
                     name = dataset.ids[index]
-                    rejects.append(Reject(source(index), name, "no_prediction", name, str(error)))
+                    reason = "no_prediction" if type(error) is ValueError else "too_large"
+                    rejects.append(Reject(source(index), name, reason, name, str(error)))
     return tables, [source(index) for index in kept], rejects
 
 
 def _predict_files(
-    model: MGT, inputs: Inputs, batch_size: int, workers: int | None, first: int, step: int
+    model: MGT,
+    inputs: Inputs,
+    batch_size: int,
+    workers: int | None,
+    first: int,
+    step: int,
+    memory: float | None,
 ) -> Iterator[_Result]:
     """Predict every `step`-th group of some hundred records, while others are being read."""
     groups = itertools.islice(chunks(inputs.records(), max(batch_size, CHUNK_SIZE)), first, None, step)
@@ -400,7 +457,7 @@ def _predict_files(
         ]
         crystals = CrystalDataset(Path(), [parsed.batch], {})
         tables, sources, rejects = _predict_rows(
-            model, crystals, _batches(crystals, batch_size), [chunk[i].source for i in parsed.kept]
+            model, crystals, _batches(crystals, batch_size), memory, [chunk[i].source for i in parsed.kept]
         )
         yield tables, sources, unread + rejects
 

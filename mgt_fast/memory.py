@@ -29,6 +29,20 @@ which the CPU embeds once, make a step smaller. Those for Triton have not been m
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
+import torch
+
 from .config import MGTConfig
+
+
+def memory_limit(device: torch.device) -> float:
+    """Return how many bytes of a device a process may plan with, unless it is told.
+
+    85 % of a GPU's memory; half of the machine's, divided by the processes that torchrun has started on it.
+    """
+    if device.type == "cuda":
+        return 0.85 * torch.cuda.get_device_properties(device).total_memory
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return machine / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -1,16 +1,26 @@
 import csv
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 
+from mgt_fast import CrystalBatch, build_graph
 from mgt_fast.checkpoint import CheckpointMeta
 from mgt_fast.config import MGTConfig
 from mgt_fast.data import CrystalDataset, DatasetWriter
 from mgt_fast.data.store import record_batch
-from mgt_fast.inference import PredictionTable, predict_dataset, predict_paths, predict_structures
+from mgt_fast.inference import (
+    NUMBERS_PER_EDGE,
+    PredictionTable,
+    TooLargeError,
+    predict_dataset,
+    predict_graphs,
+    predict_paths,
+    predict_structures,
+)
 from mgt_fast.model import MGT
 
 SIZES = {"channels": 8, "num_scalars": 4, "num_vectors": 2, "num_blocks": 1, "expert_hidden": 4}
@@ -96,6 +106,43 @@ def test_one_bad_crystal_does_not_stop_the_others(dataset):
         "structure 'salt-1', atom 1: there are no CGCNN features for atomic number 118" in rejects[0].message
     )
     assert "salt-3" in rejects[1].message
+
+
+def test_a_crystal_too_large_for_the_memory_is_left_out(dataset, tmp_path):
+    """Room for a single salt: they are predicted one by one, and a larger crystal is refused."""
+    from ase.io import write
+
+    folder = tmp_path / "in"
+    folder.mkdir()
+    small, large = salts(1)[0], salts(1)[0].repeat(3)
+    for name, atoms in (("a", small), ("b", large), ("c", small)):
+        write(folder / f"{name}.cif", atoms)
+    memory = NUMBERS_PER_EDGE * 8 * 4 * 100  # 100 edges of 8 channels
+    table, rejects = predict_paths(network(), [folder], workers=0, memory=memory)
+    assert table.ids == ("a", "c")
+    (reject,) = rejects
+    assert (reject.id, reject.reason) == ("b", "too_large")
+    assert "to predict b with 324 edges takes about" in reject.message
+    with pytest.raises(
+        TooLargeError, match=r"GiB are allowed; predict fewer crystals at a time.*--memory-gib"
+    ):
+        predict_structures(network(), [small, large], memory=memory)
+
+
+def test_what_a_prediction_takes_of_the_memory():
+    def peak():
+        status = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+
+    rng = np.random.default_rng(0)
+    batch = CrystalBatch.from_arrays(np.full(800, 14), rng.random((800, 3)), [21 * np.eye(3)], [800])
+    graph = build_graph(batch, max_neighbors=25).to(dtype=torch.float32)
+    model = MGT(MGTConfig(channels=128, num_scalars=32, num_vectors=8))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = peak()
+    predict_graphs(model, [graph])
+    numbers = (peak() - before) / (graph.num_edges * 128 * 4)
+    assert NUMBERS_PER_EDGE / 3 < numbers < NUMBERS_PER_EDGE
 
 
 def test_a_non_finite_prediction_names_the_crystal():
