@@ -13,7 +13,7 @@ import torch
 from ..distributed import Ranks
 from ..profiling import span
 from .config import CheckpointConfig, EarlyStoppingConfig, OptimConfig
-from .interrupt import RunStoppedError, StopRequest
+from .interrupt import LIMIT, RunStoppedError, StopRequest
 from .runlog import NullLog
 from .runstate import StateStore, pack_optimizer, unpack_optimizer
 from .schedule import BestTracker, warmup_cosine
@@ -126,6 +126,7 @@ class Fit:
         self.total_steps = optim.epochs * task.steps_per_epoch
         self.warmup_steps = round(optim.warmup_epochs * task.steps_per_epoch)
         self._saved_at = time.monotonic()
+        self._told: set[str] = set()
 
     def resume(self, step: int | None = None) -> None:
         """Take up the latest state, or that of a step; the first rank's log goes back to it.
@@ -151,7 +152,8 @@ class Fit:
             RankError: if another rank fails.
         """
         course, epochs = self.course, self.optim.epochs
-        with self.log.progress() as progress, StopRequest() as self._stop:
+        limit = LIMIT if self.ranks.size > 1 else None
+        with self.log.progress() as progress, StopRequest(limit, self.ranks.name) as self._stop:
             bar = progress.add_task("training", total=self.total_steps, completed=course.step)
             while course.epoch <= epochs and not self.tracker.exhausted:
                 progress.update(bar, description=f"epoch {course.epoch}/{epochs}")
@@ -212,6 +214,7 @@ class Fit:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._refuse(batch, loss, norm, lr)
         self.training_step.update(lr)
+        self._tell_path(batch)
         course.step += 1
         course.batch += 1
         course.crystals += batch.size
@@ -219,6 +222,22 @@ class Fit:
             course.sums[name] = course.sums.get(name, 0.0) + value * batch.size
         named = dict(zip(result.figures, figures, strict=True))
         self.log.record_step(course.step, course.epoch, {"loss": loss, "norm": norm, "lr": lr, **named})
+
+    def _tell_path(self, batch: Batch) -> None:
+        """Say once that memory does not hold a batch as a whole, and what that costs."""
+        path = "chunked" if batch.chunked else "recomputed" if batch.recompute else None
+        if path is None or path in self._told:
+            return
+        self._told.add(path)
+        how = {
+            "recomputed": "its layers are computed again in the backward pass, about a third more work",
+            "chunked": "it is worked on in chunks, several times the work with optim.statistics = global "
+            "(local: a third more, with the statistics of each chunk)",
+        }[path]
+        self.log.say(
+            f"step {self.course.step + 1}: {batch.num_edges} edges exceed the memory for one step: {how}; a "
+            "larger memory_gib or more ranks avoid it"
+        )
 
     def _refuse(self, batch: Batch, loss: float, norm: float, lr: float) -> None:
         names = [name for share in self.ranks.gather(batch.ids) for name in share]

@@ -20,7 +20,7 @@ from ..data.resident import ResidentCrystals
 from ..data.store import MANIFEST
 from ..distributed import Ranks
 from ..kernels import resolve_backend
-from ..memory import bytes_per_edge
+from ..memory import bytes_per_edge, memory_limit
 from .config import ConfigError, RunConfig
 from .feed import GraphSource
 from .plan import MemoryBudget
@@ -79,16 +79,17 @@ def memory_budget(config: RunConfig, device: torch.device, resident: int = 0) ->
         device: that it computes on.
         resident: bytes of crystals that live there.
     """
-    if config.memory_gib is not None:
-        limit = config.memory_gib * 2**30
-    elif device.type == "cuda":
-        limit = 0.85 * (torch.cuda.get_device_properties(device).total_memory - resident)
-    else:
-        machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        limit = machine / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    limit = config.memory_gib * 2**30 if config.memory_gib else memory_limit(device) - resident
     backend = resolve_backend(config.backend, device)
     whole, recomputed = (
-        bytes_per_edge(config.model, backend, config.precision, recompute) for recompute in (False, True)
+        bytes_per_edge(
+            config.model,
+            backend,
+            config.precision,
+            recompute,
+            edges_per_atom=config.data.max_neighbors,
+        )
+        for recompute in (False, True)
     )
     return MemoryBudget(limit, whole, recomputed)
 
