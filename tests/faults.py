@@ -1,6 +1,7 @@
 """Disks that fail and processes that die, at a chosen operation of the operating system.
 
-MGT_FAST_FAULTS is how many points a test tries where it could try more; "all" tries every one.
+MGT_FAST_FAULTS is how many cases a test tries where it could try more; "all" is every one, or as many as
+docs/reliability.md reports (`make reliability`).
 """
 
 import errno
@@ -19,11 +20,16 @@ OPERATIONS = ("open", "write", "fsync", "ftruncate", "mkdir", "rename", "replace
 FREEING = ("unlink", "rmdir")
 
 
+def count(usual, full):
+    """Return how many cases a test tries: `usual`, or as many as MGT_FAST_FAULTS asks for, at most `full`."""
+    wanted = os.environ.get("MGT_FAST_FAULTS", str(usual))
+    return full if wanted == "all" else min(full, int(wanted))
+
+
 def points(total):
-    """Return at most MGT_FAST_FAULTS of range(total), evenly spread, the first and the last among them."""
-    wanted = os.environ.get("MGT_FAST_FAULTS", "10")
-    count = total if wanted == "all" else min(total, max(2, int(wanted)))
-    return sorted({round(i * (total - 1) / max(1, count - 1)) for i in range(count)})
+    """Return some of range(total), evenly spread, the first and the last among them; see `count`."""
+    number = min(total, max(2, count(10, total)))
+    return sorted({round(i * (total - 1) / max(1, number - 1)) for i in range(number)})
 
 
 @contextmanager

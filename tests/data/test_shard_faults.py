@@ -1,13 +1,13 @@
 import collections
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import shard_faults
+from faults import count
 
-COUNT = int(os.environ.get("MGT_FAST_FAULTS", "100"))
+COUNT = count(100, 1000)
 
 
 def test_every_fault_is_detected_before_a_crystal_is_used(tmp_path):

@@ -1,9 +1,8 @@
 """Hostile inputs are stored or rejected with a code: none crashes, hangs, or takes more than 5 s and 1 GiB.
 
-`make test` takes a few hundred; MGT_FAST_FAULTS=20000 in the environment asks for so many.
+`make test` takes a few hundred, `make reliability` 20,000.
 """
 
-import os
 import resource
 import time
 from collections import Counter
@@ -11,6 +10,7 @@ from collections import Counter
 import pytest
 import torch
 from campaign import LIMITS, campaign, network
+from faults import count
 from hostile_arrays import hostile_arrays, hostile_batches, hostile_structures
 from hostile_files import hostile_file
 from hypothesis import HealthCheck, given, settings
@@ -20,7 +20,7 @@ from mgt_fast.data import CrystalDataset, prepare
 from mgt_fast.inference import predict_crystals, predict_structures
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries that parse
-COUNT = int(os.environ.get("MGT_FAST_FAULTS", "200"))
+COUNT = count(200, 20_000)
 FILES, ARRAYS = COUNT * 7 // 10, COUNT // 10  # and as many batches and structures as arrays
 
 many = settings(
