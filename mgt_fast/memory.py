@@ -1,30 +1,33 @@
 """What a training step takes of a device's memory, counted from the arrays that it holds.
 
-A step's peak is reached in the backward pass: all that the layers keep, and what one of them works with. With
-layers computed again (`MGT.recompute`) they keep their outputs alone, and one of them what it keeps and works
-with. Counted below, in numbers an edge, C channels; `s` bytes have those that are multiplied, 2 under autocast
-to bfloat16, `w` = 4 the others.
+A step's peak lies in its backward pass: all that the layers keep, and what one of them works with. Layers
+that are computed again (`MGT.recompute`) keep their output alone, and one of them at a time what it keeps and
+works with. In numbers an edge, with C channels, ns scalars and nv vectors:
 
-    torch                 kept                                        at work in the backward pass
-    edge-wise attention   near 3 C, first layers' sums 6 C, keys and  gradients of sums 6 C, x 3 C, near 3 C, of
-                          values 6 C, two outputs 2 C                 outputs 4 C; those of angles and edges that
-                                                                      add up over the layers, 4 C
-    node-wise attention   sums 2 C, keys and values 2 C               as many, and of edges 2 C
-    equivariant           hidden 2 C, features 3 ns + 28 nv + 20      as many, and of edges 2 C; twice the atoms'
-    an atom of it         (2 ns + 4 nv) C: products of hidden
-                          channels and features
-
+                          kept besides the output                at work in the backward pass
+    torch
+    edge-wise attention   near rows 3 C, first layers' sums      gradients of the sums 6 C, of x 3 C, of near
+                          6 C, keys and values 6 C, sum and its  rows 3 C, of the outputs 4 C, of angles and
+                          projection 2 C                         edges, which add up over layers, 4 C
+    node-wise attention   sums 2 C, keys and values 2 C          of sums, messages, x and edges 6 C
+    equivariant           hidden 2 C, 3 ns + 28 nv + 20          hidden, grouped by atom, and gradients 6 C,
+                                                                 3 ns + 28 nv + 20
+      an atom             (2 ns + 4 nv) C: hidden ⊗ features     half as many
     triton
-    edge-wise attention   near 3 C, keys 3 C, outputs 2 C             gradients and hidden layers 22 C, of outputs
-                                                                      3 C, of angles and edges 4 C
-    node-wise attention   keys C                                      8 C
-    equivariant           hidden 2 C                                  4 C; features ns + 2 nv; 64 MiB in all
+    edge-wise attention   near rows 3 C, keys 3 C, sum and its   hidden and its gradients 21 C, of the outputs
+                          projection 2 C                         3 C, of angles and edges 4 C
+    node-wise attention   keys C                                 hidden and its gradients 8 C
+    equivariant           hidden 2 C                             gradients 3 C, ns + 2 nv
 
-Under autocast torch keeps a copy of every input that it casts. The embeddings keep one row an edge and three
-for its angles, and in torch thirteen basis functions of each with their places.
+The edge-wise layer's output is C an edge, that of the others C an atom; of an atom the node-wise layer keeps
+some 10 C more. The embeddings' outputs are C an edge in either view, and 3 C for the angles. Torch keeps the
+places and values of thirteen basis functions of each embedded number, `BASIS_BYTES`, and under autocast
+bfloat16 copies of what comes in float32: of x 3 C and edges C in the edge-wise layer, C in the node-wise, 2 C
+in the equivariant one.
 
-The figures for torch were compared with measurements on a CPU (tests/test_memory.py); equal lengths and angles,
-which the CPU embeds once, make a step smaller. Those for Triton have not been measured: no GPU has run them.
+For torch the counts are compared with what its allocator hands out (tests/test_memory.py), and lie above it:
+not all of this is held at once, and no allocator can use every gap. Those for Triton, made in the same way,
+are not measured: no GPU has run them yet.
 """
 
 from __future__ import annotations
@@ -35,6 +38,94 @@ from dataclasses import dataclass
 import torch
 
 from .config import MGTConfig
+
+WIDE = 4
+"""Bytes of a number that is not multiplied: of sums, features and geometry."""
+
+BASIS_BYTES = 300
+"""What torch keeps of one number's radial basis: indices twice, and the basis."""
+
+ATOM_ROWS = 10
+"""Rows of C numbers that a node-wise layer keeps of an atom."""
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Bytes an edge: of the output, of what else is kept, and of what the backward pass works with."""
+
+    output: float
+    kept: float
+    working: float
+
+
+def bytes_per_edge(
+    config: MGTConfig,
+    backend: str,
+    precision: str,
+    recompute: bool = False,
+    *,
+    edges_per_atom: float = 25.0,
+) -> float:
+    """Return how many bytes a training step takes at its peak for each edge of its batch.
+
+    Parameters, their gradients and the optimiser's state come on top; they do not grow with the batch.
+
+    Args:
+        config: sizes of the network.
+        backend: "torch" or "triton", which keeps less.
+        precision: "float32", "tf32" or "bf16".
+        recompute: whether layers are computed again in the backward pass.
+        edges_per_atom: directed edges a receiving atom, at least; the graphs' `max_neighbors`.
+    """
+    size = 2 if precision == "bf16" else 4
+    count = _torch_layers if backend == "torch" else _triton_layers
+    layers = count(config, size, edges_per_atom)
+    if recompute:
+        return sum(layer.output for layer in layers) + max(layer.kept + layer.working for layer in layers)
+    return sum(layer.output + layer.kept for layer in layers) + max(layer.working for layer in layers)
+
+
+def _torch_layers(config: MGTConfig, size: int, edges_per_atom: float) -> list[_Layer]:
+    C, ns, nv = config.channels, config.num_scalars, config.num_vectors
+    copies = size < WIDE  # autocast casts what comes in float32
+    atom = C * WIDE / edges_per_atom
+    node_wise = _Layer(atom, (4 + copies) * C * size + ATOM_ROWS * atom, 5 * C * size + C * WIDE)
+    layers = []
+    if config.views != "so3":
+        kept = (17 + 4 * copies) * C * size
+        working = 14 * C * size + (6 + 3 * copies) * C * WIDE
+        edge_wise = _Layer(C * WIDE, kept, working)
+        layers += [_Layer(4 * (C * WIDE + BASIS_BYTES), 0, 0), *[edge_wise, node_wise] * config.num_blocks]
+    if config.views != "se3":
+        features = (3 * ns + 28 * nv + 20) * WIDE
+        products = (2 * ns + 4 * nv) * C * size / edges_per_atom
+        kept = (2 + 2 * copies) * C * size + features + products
+        equivariant = _Layer(atom, kept, 5 * C * size + C * WIDE + features + products / 2)
+        layers += [_Layer(2 * C * WIDE + BASIS_BYTES, 0, 0), *[equivariant, node_wise] * config.num_blocks]
+    return layers + _edge_heads(config, size, 4)
+
+
+def _triton_layers(config: MGTConfig, size: int, edges_per_atom: float) -> list[_Layer]:
+    C, features = config.channels, config.num_scalars + 2 * config.num_vectors
+    atom = C * WIDE / edges_per_atom
+    node_wise = _Layer(atom, C * size + ATOM_ROWS * atom, 8 * C * size)
+    layers = []
+    if config.views != "so3":
+        edge_wise = _Layer(C * size, 8 * C * size, 28 * C * size)
+        layers += [_Layer(4 * (C * size + WIDE), 0, 0), *[edge_wise, node_wise] * config.num_blocks]
+    if config.views != "se3":
+        equivariant = _Layer(atom, 2 * C * size + atom, (3 * C + features) * size)
+        layers += [_Layer(C * size + WIDE, 0, 0), *[equivariant, node_wise] * config.num_blocks]
+    return layers + _edge_heads(config, size, size)
+
+
+def _edge_heads(config: MGTConfig, size: int, wide: int) -> list[_Layer]:
+    """Heads that predict the noise of each edge: hidden layers of the edge, or of its three directions."""
+    if config.task != "pretrain" or config.denoising != "edge":
+        return []
+    rows = {"se3": [3], "so3": [1], "both": [3, 1]}[config.views]
+    C = config.channels
+    return [_Layer(0, n * C * (size + wide), (2 * n + 3) * C * wide) for n in rows]
 
 
 def memory_limit(device: torch.device) -> float:
