@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -94,6 +94,10 @@ def _pairs(texts: list[str] | None, option: str) -> dict[str, str]:
     return {key: value for key, _, value in pairs}
 
 
+def _new_folder(command: str) -> Path:
+    return Path("runs") / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
 @dataclass(frozen=True)
 class _RunOptions:
     """Where a run is written, and whether it continues."""
@@ -115,7 +119,7 @@ def _run_options(
     if folder is None:
         if resume:
             raise ValueError("--resume: name the run folder to continue (--output)")
-        folder = Path("runs") / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = _new_folder(command)
     own = folder / CONFIG
     path = str(own) if resume and config is None and own.is_file() else config
     return _RunOptions(folder, path, resume, None if resume_from is None else step_of(resume_from))
@@ -247,6 +251,48 @@ def finetune(
                 resume_from=options.resume_from,
                 ranks=ranks,
             )
+
+
+@app.command()
+def profile(
+    run: Annotated[Literal["pretrain", "finetune"], typer.Argument(help="What to profile.")] = "pretrain",
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steady steps to look at.")] = 10,
+    warmup: Annotated[int, typer.Option(min=1, help="Steps before them.")] = 3,
+    output: FolderOption = None,
+    overwrite: OverwriteOption = False,
+    under: Annotated[
+        Literal["nsys", "ncu"] | None,
+        typer.Option(
+            help="For the command lines that profile prints: mark the steps for this tool, no more."
+        ),
+    ] = None,
+) -> None:
+    """Show where the time of a training step goes: the share of each range, the roof of each operation.
+
+    Leaves trace.json, which ui.perfetto.dev shows, and profile.json in the output folder.
+    """
+    with _reported_errors():
+        from .train import config as configs
+        from .train import profile as profiles
+        from .train.profile_report import report, tool_lines
+
+        kind = configs.PretrainConfig if run == "pretrain" else configs.FinetuneConfig
+        settings = configs.load_config(kind, config, set_ or ())
+        if under is not None:
+            profiles.run_steps(settings, steps, warmup)
+            return
+        folder = profiles.open_folder(output or _new_folder("profile"), overwrite)
+        found = profiles.profile_steps(settings, folder, steps, warmup)
+        typer.echo(report(found))
+        typer.echo(
+            f"\ntrace for ui.perfetto.dev: {folder / profiles.TRACE}; tables: {folder / profiles.PROFILE}"
+        )
+        command = ["mgt-fast", "profile", run, *(["--config", config] if config else [])]
+        command += [part for setting in set_ or () for part in ("--set", setting)]
+        for line in tool_lines([*command, f"--steps={steps}", f"--warmup={warmup}"], folder, found):
+            typer.echo(line)
 
 
 @app.command()
