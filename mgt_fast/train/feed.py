@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,10 +110,9 @@ class BatchFeed:
             for split in splits:
                 waiting.append((split, pool.submit(self._gather, split)))
                 if len(waiting) > AHEAD:
-                    split, future = waiting.popleft()
-                    yield split, future.result()
-            for split, future in waiting:
-                yield split, future.result()
+                    yield _awaited(*waiting.popleft())
+            while waiting:
+                yield _awaited(*waiting.popleft())
 
     def _gather(self, split: Split) -> list[CrystalBatch]:
         return [self.source.gather(split.crystals[chunk]) for chunk in split.shares[self.ranks.rank]]
@@ -142,3 +141,8 @@ class BatchFeed:
             chunked=split.chunked,
             recompute=split.recompute,
         )
+
+
+def _awaited(split: Split, gathered: Future[list[CrystalBatch]]) -> tuple[Split, list[CrystalBatch]]:
+    with span("data"):
+        return split, gathered.result()
