@@ -18,6 +18,7 @@ ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT)
 # What changes a disk; the last two free room on it.
 OPERATIONS = ("open", "write", "fsync", "ftruncate", "mkdir", "rename", "replace", "unlink", "rmdir")
 FREEING = ("unlink", "rmdir")
+PATIENCE = 60  # seconds that a child may take
 
 
 def count(usual, full):
@@ -93,6 +94,7 @@ class Child:
             self.pid = os.fork()
         if self.pid == 0:
             try:
+                signal.alarm(PATIENCE)
                 os.close(self._end)
                 text = json.dumps(run())
                 with open(end, "w") as stream:

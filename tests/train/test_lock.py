@@ -130,21 +130,41 @@ def test_one_process_holds_it_once(tmp_path):
 
 
 def test_forked_children_do_not_keep_it(tmp_path):
-    lock = FolderLock(tmp_path).acquire()
-    start, go = os.pipe()
+    """A data loader's worker that outlives its killed parent must not block the folder."""
+    (end, go), (ready, here) = os.pipe(), os.pipe()
 
     def linger():
         os.close(go)
-        lock.release()  # not the child's to give back
-        os.read(start, 1)
-        return (tmp_path / LOCK).exists()
+        os.read(end, 1)
 
-    child = Child(linger)
-    lock.release()
+    def hold():
+        lock = FolderLock(tmp_path).acquire()
+        worker = Child(linger)
+        os.write(here, bytes([lock.path.exists()]))
+        worker.result()
+
+    holder = Child(hold)
+    assert os.read(ready, 1) == b"\1"
+    holder.kill()
+    os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)
     with FolderLock(tmp_path):
-        os.close(go)
-        assert child.result()
-    os.close(start)
+        pass
+    for pipe in (end, go, ready, here):
+        os.close(pipe)
+    assert holder.result() is None
+
+
+def test_a_forked_child_does_not_give_it_back(tmp_path):
+    lock = FolderLock(tmp_path).acquire()
+
+    def end():
+        lock.release()
+        return lock.path.exists()
+
+    assert Child(end).result()
+    with pytest.raises(FolderLockedError, match=f"process {os.getpid()} on"):
+        FolderLock(tmp_path).acquire()
+    lock.release()
 
 
 def test_a_nameless_holder(tmp_path, monkeypatch):
