@@ -24,6 +24,12 @@ constexpr std::int64_t kCrystalsABlock = 4;  // handed to a thread at once
 constexpr std::int64_t kRowsABlock = 128;    // the same within a large crystal
 constexpr std::int64_t kSharedAtoms = 2048;  // crystals with more atoms are worked on by all threads
 
+// The first search for the nearest of many atoms looks at some of them, lest the atoms crowd in a small part
+// of the cell: with a radius meant for the mean density all might then find all others.
+constexpr std::int64_t kManyAtoms = 2048;
+constexpr std::int64_t kSampled = 32;
+constexpr double kCrowded = 0.5;  // share of the starting radius below which it is given up
+
 struct Candidates {
   std::uint32_t* codes;
   const float* squared;  // Å^2
@@ -96,6 +102,25 @@ float kth_least(const float* numbers, std::int64_t count, std::int32_t k, std::u
   float result;
   std::memcpy(&result, &kth, sizeof(result));
   return result;
+}
+
+// The radius to start with, Å: one that suits the most crowded of the sampled atoms where it is much smaller.
+double first_radius(const WrappedAtoms& atoms, std::int64_t max_neighbors) {
+  const double radius = starting_radius(max_neighbors, atoms.volume_per_atom);
+  const auto n_atoms = static_cast<std::int64_t>(atoms.position.size());
+  if (n_atoms <= std::max(kManyAtoms, max_neighbors)) return radius;
+  std::vector<double> squared(n_atoms);
+  double least = radius * radius;
+  for (std::int64_t s = 0; s < kSampled; ++s) {
+    const Vec3 centre = atoms.position.data()[s * n_atoms / kSampled];
+    for (std::int64_t i = 0; i < n_atoms; ++i) {
+      squared[i] = squared_length(atoms.position.data()[i] - centre);
+    }
+    std::nth_element(squared.begin(), squared.begin() + max_neighbors, squared.end());  // itself is the first
+    least = std::min(least, squared[max_neighbors]);
+  }
+  const double crowded = kRadiusGrowth * std::sqrt(least);
+  return crowded < kCrowded * radius ? std::max(crowded, kMinDistance) : radius;
 }
 
 // Searches crystal after crystal and keeps, for each atom, the codes of its edges.
@@ -196,8 +221,7 @@ class Finder {
       } else {
         for (Worker& any : workers_) any.scratch.clear();
       }
-      find_nearest(b, worker, starting_radius(options_.max_neighbors, atoms.volume_per_atom), prepare,
-                   for_each);
+      find_nearest(b, worker, first_radius(atoms, options_.max_neighbors), prepare, for_each);
     }
     tables_[b] = worker.search.tables();
   }

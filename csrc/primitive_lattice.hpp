@@ -143,25 +143,28 @@ class Places {
     return norm(combine(d, cell_.basis));
   }
 
-  // Does the translation, in cells, map the n-th atom onto one of its kind? Atoms often come ordered by site:
-  // counted in strides, one that fails is met sooner.
-  MGT_HOST_DEVICE bool maps(std::int64_t n, Vec3 translation) const {
-    const std::int64_t atom = n * stride_ % count_;
-    const Vec3 place = coordinate(atom) + translation;
+  // The n-th atom. Atoms often come ordered by site: counted in strides, one that fails is met sooner.
+  MGT_HOST_DEVICE std::int64_t atom(std::int64_t n) const { return n * stride_ % count_; }
+
+  // Does the translation, in cells, map the atom onto one of its kind?
+  MGT_HOST_DEVICE bool maps(std::int64_t atom, Vec3 translation) const {
+    return find(coordinate(atom) + translation, numbers_[atom]) >= 0;
+  }
+
+  // An atom of this number at a place, -1 if there is none.
+  MGT_HOST_DEVICE std::int64_t find(Vec3 place, std::int64_t number) const {
     const Range x = around(place.x, 0), y = around(place.y, 1), z = around(place.z, 2);
     for (std::int64_t i = x.first; i <= x.last; ++i) {
       for (std::int64_t j = y.first; j <= y.last; ++j) {
         for (std::int64_t k = z.first; k <= z.last; ++k) {
           std::int32_t other = workspace_.first_in_bin[bin(i, j, k)];
           for (; other >= 0; other = workspace_.next_in_bin[other]) {
-            if (numbers_[other] == numbers_[atom] && distance(place, coordinate(other)) <= kSamePlace) {
-              return true;
-            }
+            if (numbers_[other] == number && distance(place, coordinate(other)) <= kSamePlace) return other;
           }
         }
       }
     }
-    return false;
+    return -1;
   }
 
  private:
@@ -221,11 +224,26 @@ MGT_HOST_DEVICE RarestElement rarest_element(const Group& group, const CrystalVi
   return rarest;
 }
 
-// Add all translations that map the crystal onto itself.
+// The atom that the last translation tried did not map onto another, and where it looked for one. In a
+// crystal with a defect the next one fails there as well: at this atom, or at the one it moves to this place.
+struct Failure {
+  std::int64_t atom;  // -1 if there was none
+  Vec3 place;         // in cells
+
+  MGT_HOST_DEVICE bool comes_again(const Places& places, const CrystalView& crystal, Vec3 translation) const {
+    if (atom < 0) return false;
+    if (!places.maps(atom, translation)) return true;
+    const std::int64_t moved = places.find(place - translation, crystal.numbers[atom]);
+    return moved >= 0 && !places.maps(moved, translation);
+  }
+};
+
+// Add all translations that map the crystal onto itself. `fractions` and `failure` are the whole group's.
 template <class Group>
 MGT_HOST_DEVICE void find_translations(const Group& group, const CrystalView& crystal,
                                        const ReducedCell& cell, const PlaceWorkspace& workspace,
-                                       const RarestElement& rarest, FractionLattice& fractions) {
+                                       const RarestElement& rarest, FractionLattice& fractions,
+                                       Failure& failure) {
   const Places places(group, crystal, cell, workspace);
   const std::int64_t count = crystal.num_atoms;
   const std::int64_t origin =
@@ -237,15 +255,21 @@ MGT_HOST_DEVICE void find_translations(const Group& group, const CrystalView& cr
     const Fraction fraction = fractions.nearest(cell.periodic, shift(i));
     const Vec3 translation = fractions.in_cells(fraction);
     return places.distance(shift(i), translation) <= kSamePlace && !fractions.contains(fraction) &&
-           places.maps(1, translation);
+           places.maps(places.atom(1), translation) && !failure.comes_again(places, crystal, translation);
   };
   for (std::int64_t i = origin + 1; fractions.size() < rarest.order; ++i) {
     i = group.first(i, count, possible);
     if (i == count) break;
     const Fraction fraction = fractions.nearest(cell.periodic, shift(i));
     const Vec3 translation = fractions.in_cells(fraction);
-    const auto fails = [&](std::int64_t n) { return !places.maps(n, translation); };
-    if (group.first(0, count, fails) < count) continue;
+    const auto fails = [&](std::int64_t n) { return !places.maps(places.atom(n), translation); };
+    const std::int64_t n = group.first(0, count, fails);
+    if (n < count) {
+      group.for_each(1, [&](std::int64_t) {
+        failure = {places.atom(n), places.coordinate(places.atom(n)) + translation};
+      });
+      continue;
+    }
     group.for_each(1, [&](std::int64_t) { fractions.add(fraction); });
   }
 }
@@ -255,6 +279,7 @@ struct PrimitiveLattice {
   int periodic;
   Mat3 basis;                 // rows, Å; the first `periodic` are Minkowski-reduced
   FractionLattice fractions;  // its translations in units of the crystal's own reduced cell
+  Failure failure;            // while they are searched
 };
 
 // The lattice of all translations, along periodic directions, that map the crystal onto itself, atom onto
@@ -265,9 +290,12 @@ MGT_HOST_DEVICE void primitive_lattice(const Group& group, const CrystalView& cr
                                        PrimitiveLattice& lattice) {
   const RarestElement rarest = rarest_element(group, crystal);
   FractionLattice& fractions = lattice.fractions;
-  group.for_each(1, [&](std::int64_t) { fractions.reset(rarest.order); });
+  group.for_each(1, [&](std::int64_t) {
+    fractions.reset(rarest.order);
+    lattice.failure = {-1, {}};
+  });
   if (rarest.order > 1 && cell.periodic > 0) {
-    find_translations(group, crystal, cell, workspace, rarest, fractions);
+    find_translations(group, crystal, cell, workspace, rarest, fractions, lattice.failure);
   }
   group.for_each(1, [&](std::int64_t) {
     lattice.periodic = cell.periodic;

@@ -165,6 +165,16 @@ def test_a_translation_must_keep_the_elements():
     np.testing.assert_allclose(metal, 3.2 * 3**0.5 / 2)
 
 
+@pytest.mark.parametrize(("vacancies", "fraction"), [([[0, 0, 0]], 1), ([[0, 0, 0], [3, 3, 3]], 2)])
+def test_translations_of_a_supercell_with_vacancies(vacancies, fraction):
+    """Of many that keep almost all atoms the one that keeps all is found, wherever it stands among them."""
+    sites = np.array([site for site in itertools.product(range(6), repeat=3) if list(site) not in vacancies])
+    for seed in range(4):
+        frac = np.random.default_rng(seed).permutation(sites) / 6
+        frame = build_graph(batch_of(Crystal(np.full(len(frac), 6), frac, 6 * A * np.eye(3)))).frame[0]
+        assert np.linalg.det(frame.numpy()) == pytest.approx((6 * A) ** 3 / fraction)
+
+
 def test_the_two_ends_of_a_polar_axis_are_told_apart():
     """Zincblende lacks inversion: turning it by 90 degrees about a cubic axis gives another orientation."""
     rng = np.random.default_rng(6)

@@ -14,6 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mgt_fast import _C, CrystalBatch, neighbor_list
+from mgt_fast.graph import SHELL_TOLERANCE
 
 CUBIC = Crystal(np.array([84]), np.zeros((1, 3)), 3.0 * np.eye(3))
 
@@ -560,3 +561,17 @@ def test_too_few_atoms_without_periodicity():
     ):
         neighbor_list(batch_of(pair, pbc=[False] * 3), max_neighbors=2)
     assert neighbor_list(batch_of(pair, pbc=[False, False, True]), max_neighbors=2).edge_vec.shape[0] > 0
+
+
+def test_atoms_crowded_in_a_small_part_of_the_cell():
+    """Some are alone: searches begin with the radius of the crowd and have to grow by far."""
+    grid = np.stack(np.meshgrid(*3 * [np.arange(14)], indexing="ij"), axis=-1).reshape(-1, 3)
+    alone = [[10, 10, 10], [20, 10, 10], [80, 80, 80], [30, 50, 51]]
+    frac = np.concatenate([0.0002 * grid + 0.5, np.array(alone) / 100])
+    found = neighbor_list(batch_of(Crystal(np.full(len(frac), 6), frac, 100 * np.eye(3))), max_neighbors=6)
+    difference = frac[:, None] - frac
+    distance = np.linalg.norm(100 * (difference - np.round(difference)), axis=-1)
+    limit = np.sort(distance, axis=1)[:, 6] * (1 + SHELL_TOLERANCE)
+    kept = (distance <= np.maximum(limit[:, None], limit)) & ~np.eye(len(frac), dtype=bool)
+    assert found.row_ptr.diff().tolist() == kept.sum(axis=1).tolist()
+    assert found.edge_index.T.tolist() == np.argwhere(kept).tolist()
