@@ -28,6 +28,7 @@ from .workers import Limits, LostError, WorkerPool
 
 REQUIREMENTS = ("any", "all", "none")
 MIN_DISTANCE = 0.5  # Å
+MANY_ATOMS = 1000  # of which a crowd would have very many pairs
 # How the neighbour list says that atoms, or an atom and its image, all but coincide.
 _DISTANCE = re.compile(r"(?:are|is) (\S+) Å (?:apart|from its own image)")
 
@@ -81,6 +82,7 @@ def parse_chunk(
         watch(i)
         try:
             crystal = record.payload.crystal()
+            _check_crowd(crystal)
             good.append((i, crystal, _targets(record.targets, options)))
         except RecordError as error:
             rejected.append((i, error))
@@ -135,6 +137,25 @@ def _targets(raw: Mapping[str, object], options: ParseOptions) -> dict[str, floa
     return values
 
 
+def _check_crowd(crystal: Crystal) -> None:
+    """Refuse two of many atoms in one cube of 0.25 Å, before a list of all close pairs is made."""
+    if len(crystal.numbers) <= MANY_ATOMS:
+        return
+    wrapped = crystal.frac_coords - np.where(crystal.pbc, np.floor(crystal.frac_coords), 0.0)
+    positions = wrapped @ crystal.cell
+    cubes = np.floor(positions / (MIN_DISTANCE / 2))
+    order = np.lexsort(cubes.T)
+    same = np.flatnonzero((np.diff(cubes[order], axis=0) == 0).all(axis=1))
+    if len(same):
+        i, j = sorted(order[same[0] : same[0] + 2].tolist())
+        raise _too_close(float(np.linalg.norm(positions[i] - positions[j])), i, j)
+
+
+def _too_close(distance: float, i: int, j: int) -> RecordError:
+    message = f"atoms {i} and {j} are {distance:.6g} Å apart, less than {MIN_DISTANCE} Å"
+    return RecordError("atoms_too_close", f"{distance:.6g}", message)
+
+
 def _crowded(crystals: Sequence[Crystal], ids: Sequence[str]) -> dict[int, RecordError]:
     """Return the crystals with atoms, images among them, closer than 0.5 Å, or with an impossible cell."""
     if not crystals:
@@ -149,14 +170,7 @@ def _crowded(crystals: Sequence[Crystal], ids: Sequence[str]) -> dict[int, Recor
             return {0: RecordError("bad_cell", crystals[0].cell.tolist(), str(error))}
         one_by_one = enumerate(zip(crystals, ids, strict=True))
         return {i: e for i, (crystal, name) in one_by_one for e in _crowded([crystal], [name]).values()}
-    return {
-        b: RecordError(
-            "atoms_too_close",
-            f"{distance:.6g}",
-            f"atoms {i} and {j} are {distance:.6g} Å apart, less than {MIN_DISTANCE} Å",
-        )
-        for b, (distance, i, j) in closest.items()
-    }
+    return {b: _too_close(*pair) for b, pair in closest.items()}
 
 
 def _closest_pairs(crystals: Sequence[Crystal], ids: Sequence[str]) -> dict[int, tuple[float, int, int]]:

@@ -102,11 +102,11 @@ def _prepared(folder: Path, output: Path, outcome: Outcome) -> None:
 
 
 def _predicted(folder: Path, outcome: Outcome) -> None:
-    table, rejects = predict_paths(network(), [folder], workers=0)
+    table, rejects = predict_paths(network(), [folder], workers=0, memory=LIMITS.memory)
     assert len(table) + len(rejects) >= outcome.read
     assert torch.from_numpy(table.prediction).isfinite().all()
     assert all(reject.source and reject.reason and reject.message for reject in rejects)
-    late = [reject for reject in rejects if reject.reason == "no_prediction"]
+    late = [reject for reject in rejects if reject.reason in ("no_prediction", "too_large")]
     outcome.reasons.update(f"predict {reject.reason}" for reject in late)
 
 

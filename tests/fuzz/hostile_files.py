@@ -224,9 +224,8 @@ def _zip(rng: random.Random, members: dict[str, bytes]) -> bytes:
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in members.items():
             info = zipfile.ZipInfo(name)
-            info.compress_type = rng.choice(
-                [zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2]
-            )
+            kinds = [zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2]
+            info.compress_type = rng.choice(kinds if len(content) < 10**6 else kinds[:1])
             if rng.random() < 0.1:
                 info.external_attr = 0o120777 << 16  # a symbolic link
             archive.writestr(info, content)

@@ -74,19 +74,23 @@ def refused_or_predicted(work) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < LIMITS.memory / 1024
 
 
+def predict(batch):
+    return predict_crystals(network(), [batch], LIMITS.memory)
+
+
 @many
 @given(hostile_arrays())
 def test_arrays(arrays):
-    refused_or_predicted(lambda: predict_crystals(network(), [CrystalBatch.from_arrays(**arrays)]))
+    refused_or_predicted(lambda: predict(CrystalBatch.from_arrays(**arrays)))
 
 
 @many
 @given(hostile_batches())
 def test_batches_made_by_hand(batch):
-    refused_or_predicted(lambda: predict_crystals(network(), [batch]))
+    refused_or_predicted(lambda: predict(batch))
 
 
 @many
 @given(hostile_structures())
 def test_structures(structures):
-    refused_or_predicted(lambda: predict_structures(network(), structures))
+    refused_or_predicted(lambda: predict_structures(network(), structures, memory=LIMITS.memory))
