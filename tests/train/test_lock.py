@@ -30,11 +30,12 @@ def together(count, run):
         return run(wait)
 
     children = [Child(begin) for _ in range(count)]
+    os.close(arrived)
     os.close(started)
     for _ in range(count):
-        os.read(here, 1)
+        os.read(here, 1)  # or none, if a child has died
     os.close(left)
-    for end in (start, here, arrived, leave):
+    for end in (start, here, leave):
         os.close(end)
     return [child.result() for child in children]
 
