@@ -40,7 +40,7 @@ class LostError(Exception):
 
     Attributes:
         position: of the item; the number of items if it was the work on all of them together.
-        reason: "timeout", "out_of_memory" or "parser_failure".
+        reason: "timeout", "out_of_memory", "parser_failure" or "unreadable_record".
         message: the same in words.
     """
 
@@ -157,6 +157,9 @@ class _Worker:
             succeeded, answer = self.connection.recv()
         except (EOFError, OSError) as error:
             raise self._lost() from error
+        except RecursionError as error:  # nothing was sent
+            message = "it is nested too deeply to be handed to a worker"
+            raise LostError(len(items), "unreadable_record", message) from error
         if succeeded:
             return answer
         raise answer

@@ -246,3 +246,20 @@ def test_many_atoms_in_a_small_place_are_refused_before_their_pairs_are_listed(t
         float(row["value"]), rel=1e-4
     )
     assert float(row["value"]) < 0.45
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_lists_within_lists_within_lists(tmp_path, workers):
+    """As deep as JSON can be read they cannot be pickled, nor shown in full."""
+    deep = "[" * 700 + "]" * 700
+    records = [
+        item("a"),
+        item("b", positions="deep"),
+        item("c", gap="deep"),
+        {"id": "d", "x": "deep"},
+        item("e"),
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(records).replace('"deep"', deep))
+    summary = prepare(tmp_path / "a.json", tmp_path / "dataset", workers=workers)
+    assert summary.by_reason["unreadable_record"] >= 2
+    assert {"a", "e"} <= set(CrystalDataset.open(tmp_path / "dataset").ids)

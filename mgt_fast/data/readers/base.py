@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import math
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -48,6 +49,8 @@ class RecordError(Exception):
     """
 
     def __init__(self, reason: str, value: object, message: str):
+        if isinstance(value, list | dict):  # which may be long, and nested too deeply to be pickled or shown
+            value = reprlib.repr(value)
         super().__init__(reason, value, message)  # all three, so that it survives pickling
         self.reason, self.value, self.message = reason, value, message
 

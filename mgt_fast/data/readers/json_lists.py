@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -92,7 +93,7 @@ def read(source: Source, layout: str | None = None) -> Iterator[RawRecord]:
         where, name = f"{source.name}: item {number}", f"{source.stem}-{number}"
         if not isinstance(item, dict) or not keys <= item.keys():
             message = f"expected the keys {', '.join(sorted(keys))}"
-            yield RawRecord(where, name, Faulty(str(item)[:80], message))
+            yield RawRecord(where, name, Faulty(reprlib.repr(item), message))
             continue
         id_key = next((key for key in ID_KEYS if key in item), None)
         name = str(item[id_key]) if id_key else name
@@ -136,7 +137,7 @@ def _read_matbench(source: Source, content: object) -> Iterator[RawRecord]:
         if source.stem.startswith("matbench_"):  # the ids that matbench's own folds use
             name = f"mb-{source.stem.removeprefix('matbench_')}-{number:0{digits}d}"
         if not isinstance(row, list) or len(row) != len(columns):
-            yield RawRecord(where, name, Faulty(str(row)[:80], f"expected {len(columns)} values"))
+            yield RawRecord(where, name, Faulty(reprlib.repr(row), f"expected {len(columns)} values"))
             continue
         targets = {key: value for key, value in zip(columns, row, strict=True) if key != "structure"}
         yield RawRecord(where, name, JsonItem({"structure": row[structure_column]}, "matbench"), targets)
