@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..profiling import span
 from .batch_norm import BatchNorm, Moments, Statistics
 
 __all__ = ["ChunkStatistics", "Moments", "RankStatistics", "Statistics", "set_statistics"]
@@ -191,7 +192,8 @@ def _gathered(own: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tenso
     parts = own.new_empty(size * own.shape[0])
     new_name = hasattr(dist, "all_gather_single")  # since torch 2.13
     gather = dist.all_gather_single if new_name else dist.all_gather_into_tensor
-    gather(parts, own, group=group)
+    with span("communication"):
+        gather(parts, own, group=group)
     return parts.view(size, -1)
 
 
