@@ -25,11 +25,7 @@ def device() -> torch.device:
 
 def device_name() -> str:
     """Name the processor that computes."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    with open("/proc/cpuinfo") as lines:
-        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), None)
-    return f"{model or platform.processor()}, {torch.get_num_threads()} threads"
+    return roofs.device_name(device())
 
 
 def versions() -> dict[str, str]:

@@ -6,10 +6,12 @@ max(FLOP / rate, bytes / bandwidth) seconds; its share of the nearer roof is tha
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -52,6 +54,18 @@ def _clock(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def device_name(device: torch.device) -> str:
+    """Name the processor that computes on a device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = next(
+        (line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor()
+    )
+    return f"{model}, {torch.get_num_threads()} threads"
 
 
 @contextmanager

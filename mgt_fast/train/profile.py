@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import platform
 import time
 from dataclasses import asdict, dataclass
 from itertools import count, islice
@@ -17,7 +16,7 @@ from torch.profiler import ProfilerActivity
 
 from ..distributed import Ranks
 from ..profiling import layer_ranges, recording, span
-from ..roofs import Cost, OperationCounter, Tally, measure_ceilings
+from ..roofs import Cost, OperationCounter, Tally, device_name, measure_ceilings
 from .capture import CapturedStep
 from .config import FinetuneConfig, PretrainConfig, RunConfig
 from .finetune import finetuning_task
@@ -193,7 +192,7 @@ def profile_steps(
     tallies = _count(config, ceilings, steps, warmup)
     analysis = analyse(json.loads((folder / TRACE).read_bytes()), tallies)
     profile = Profile(
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        device=device_name(device),
         torch=torch.__version__,
         precision=precision,
         steps=steps,
@@ -277,7 +276,3 @@ def _operation_shares(
 
     found = [described(name, operation) for name, operation in analysis.operations.items()]
     return tuple(sorted(found, key=lambda one: (-one.seconds, one.operation)))
-
-
-def _cpu_name() -> str:
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
