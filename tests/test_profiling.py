@@ -177,6 +177,20 @@ def test_a_range_ends_where_a_layer_fails(graph, annotations):
     assert balanced(annotations)
 
 
+def test_layers_computed_again_have_ranges_in_the_backward_pass(graph, annotations):
+    model = MGT(CONFIG)
+    model.recompute = True
+    with recording("nvtx"), layer_ranges(model, backward=True):
+        loss = model(graph).so3_proj.sum()
+        forward = len(annotations)
+        with span("backward"):
+            loss.backward()
+    passes = annotations[forward:]
+    assert balanced(annotations)
+    assert "+so3.transconv.0" in passes
+    assert "+so3.transconv.0 backward" in passes
+
+
 def test_ranges_change_no_result(graph):
     model = MGT(CONFIG).eval()
     plain = model(graph).so3_proj
