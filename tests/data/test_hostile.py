@@ -220,6 +220,22 @@ def test_frames_of_too_many_atoms(tmp_path, count, reasons):
     assert summary.by_reason == reasons
 
 
+@pytest.mark.parametrize("count", ["999999998", "50000 -1 50001", "9 99999999999999999999 ! x"])
+@pytest.mark.parametrize("symbols", ["", "Na Cl K\n"])
+def test_poscars_of_too_many_atoms(tmp_path, count, symbols):
+    text = f"Na Cl K\n1\n4 0 0\n0 4 0\n0 0 4\n{symbols}{count}\nDirect\n0 0 0\n"
+    _, rejects = prepared(tmp_path, {"a.vasp": text})
+    assert rejects["a.vasp"]["reason"] == "too_many_atoms"
+    assert "atoms or more, the limit is 100000" in rejects["a.vasp"]["message"]
+
+
+def test_frames_of_too_many_columns(tmp_path):
+    comment = 'Lattice="4 0 0 0 4 0 0 0 4" Properties=species:S:1:pos:R:3:x:R:999999999'
+    _, rejects = prepared(tmp_path, {"a.xyz": f"1\n{comment}\nNa 0 0 0\n"})
+    assert rejects["a.xyz: frame 1"]["reason"] == "too_large"
+    assert "1000000003 columns, the limit is 1000" in rejects["a.xyz: frame 1"]["message"]
+
+
 def test_a_database_with_a_program_in_it(tmp_path):
     with ase.db.connect(tmp_path / "a.db") as rows:
         rows.write(Atoms("Na", cell=CELL, pbc=True))

@@ -23,10 +23,12 @@ from .base import (
     RecordError,
     Source,
     atomic_number,
+    check_atoms,
     check_text,
 )
 
 _COUNT = re.compile("[0-9]{1,12}")
+MAX_COLUMNS = 1000  # of an extended xyz file
 STRUCTURE_KEYS = ("Lattice", "Properties", "pbc")  # of an extended xyz comment line
 
 
@@ -42,14 +44,38 @@ class AseText:
         import ase.io
 
         check_text(self.text)
+        if self.format == "vasp":
+            _check_poscar(self.text)
         try:
             atoms = ase.io.read(io.StringIO(self.text), format=self.format)
+        except MemoryError:
+            raise
         except Exception as error:  # ASE's parsers raise whatever the text makes them raise
             if isinstance(error, KeyError) and error.args and isinstance(error.args[0], str):
                 atomic_number(error.args[0])  # ASE looks symbols up in a dict
             message = f"{type(error).__name__}: {error}"
             raise RecordError("unreadable_record", self.text[:80], message) from error
         return _arrays(atoms).crystal()
+
+
+def _check_poscar(text: str) -> None:
+    """Refuse numbers of atoms for which ASE would take memory before it looks for the atoms."""
+    for line in text.split("\n", 7)[5:7]:
+        counts = []
+        for word in itertools.takewhile(lambda word: "!" not in word, line.split()):
+            try:
+                counts.append(int(word))
+            except ValueError:
+                break
+        check_atoms(sum(count for count in counts if count > 0))
+
+
+def _columns(properties: object) -> int:
+    """Return how many columns `Properties` tells of, as far as they can be counted."""
+    try:
+        return sum(max(int(count), 0) for count in properties.split(":")[2::3])
+    except (AttributeError, ValueError):  # ASE says what is wrong with them
+        return 0
 
 
 def _arrays(atoms) -> Arrays:
@@ -93,6 +119,11 @@ def read_extxyz(source: Source) -> Iterator[RawRecord]:
                 values = key_val_str_to_dict(frame[0])
             except Exception as error:
                 yield RawRecord(where, name, Faulty(frame[0].strip(), f"the comment line: {error}"))
+                continue
+            columns = _columns(values.get("Properties"))
+            if columns > MAX_COLUMNS:
+                message = f"the frame has {columns} columns, the limit is {MAX_COLUMNS}"
+                yield RawRecord(where, name, Faulty(columns, message, "too_large"))
                 continue
             values = {key: value for key, value in values.items() if key not in STRUCTURE_KEYS}
             id_key = next((key for key in ID_KEYS if key in values), None)
