@@ -241,9 +241,8 @@ def _ceilings(device: torch.device, precision: str) -> dict[str, float]:
 def _range_shares(seconds: dict[Owner, float], steps: int) -> tuple[RangeShare, ...]:
     total = sum(seconds.values())
     found = []
-    for name in sorted(
-        dict.fromkeys(owner.range for owner in seconds), key=lambda name: name in (OTHER, IDLE)
-    ):
+    names = dict.fromkeys(owner.range for owner in seconds)
+    for name in sorted(names, key=lambda name: (name == IDLE, name == OTHER)):
         forward, backward = (seconds.get(Owner(name, way), 0.0) for way in (False, True))
         share = (forward + backward) / total
         found.append(RangeShare(name, forward / steps, backward / steps, share))
