@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
 
 from mgt_fast.distributed import Ranks
+from mgt_fast.losses import nt_xent_gradient
 from mgt_fast.train.config import FinetuneConfig, PretrainConfig, load_config
 from mgt_fast.train.finetune import finetuning_task
 from mgt_fast.train.loop import Fit
@@ -130,6 +132,14 @@ def test_least_time_is_below_that_of_all_products(scaling):
     sizes = costs.Sizes(100_000 // 28, 100_000, 100_000 // 307)
     products = 3 * costs.model_flops(sizes) / 989e12 / 100_000
     assert products <= scaling.roof_seconds_per_edge() < 2 * products
+
+
+def test_products_of_the_contrast(scaling):
+    device = scaling.predicted_device(1.0)
+    with FlopCounterMode(display=False) as counter:
+        nt_xent_gradient(*torch.randn(2, 40, scaling.PUBLISHED.channels), anchors=30)
+    parts = scaling.step_parts(device, scaling.NETWORKS[0], 2, 20)
+    assert parts["contrast"] * device.float32 == pytest.approx(counter.get_total_flops())
 
 
 def record(device, rival, times, **versions):
