@@ -160,7 +160,8 @@ def test_graphs_for_a_network_are_built_where_it_is(monkeypatch, device, compat,
         return crystals
 
     def build_here(crystals, **how):
-        assert (places[-1], how) == (torch.device(built_on), {"max_neighbors": 6, "compat": compat})
+        expected = {"max_neighbors": 6, "compat": compat, "max_edges": None}
+        assert (places[-1], how) == (torch.device(built_on), expected)
         return build(crystals, **how)
 
     def move_graph(built, *, device, dtype):

@@ -17,6 +17,8 @@ from pymatgen.io.cif import CifWriter
 
 from mgt_fast.data import CrystalDataset
 
+LONG = 100_000  # characters in which a token to replace is looked for
+
 
 def _words(*lines: str) -> list[str]:
     return " ".join(lines).split(" ")
@@ -108,7 +110,7 @@ def _written(format: str) -> list[str]:
 
 
 def replace_token(rng: random.Random, text: str) -> str:
-    tokens = list(re.finditer(r"\S+", text))
+    tokens = list(re.finditer(r"\S+", text[:LONG]))
     if not tokens:
         return rng.choice(WORDS)
     token = rng.choice(tokens)
@@ -117,7 +119,7 @@ def replace_token(rng: random.Random, text: str) -> str:
 
 
 def replace_number(rng: random.Random, text: str) -> str:
-    tokens = list(re.finditer(r"(?<=[\s=\"])-?\d+(\.\d+)?", text))
+    tokens = list(re.finditer(r"(?<=[\s=\"])-?\d+(\.\d+)?", text[:LONG]))
     if not tokens:
         return text
     token = rng.choice(tokens)
