@@ -41,6 +41,7 @@ from rivals import (
 
 ROUND_SECONDS = 1.0  # about so long is a benchmark repeated
 PAIR_SECONDS = 10.0
+CPU_EDGES = 4_000  # what a CPU does in a few seconds
 COMPILED: dict[tuple, tuple[Runner, dict[str, float]]] = {}
 
 
@@ -54,7 +55,13 @@ class Case:
     edges: int = 0
     crystals: int = 1
     smoke: bool = False
-    full: bool = False
+
+    @property
+    def full(self) -> bool:
+        """Whether `make bench` leaves the case out: on a CPU, bfloat16 and long steps."""
+        if self.smoke or torch.cuda.is_available():
+            return False
+        return self.edges > CPU_EDGES or self.rival.precision != "float32"
 
     @property
     def against(self) -> Case | None:
@@ -81,7 +88,7 @@ class Case:
 
 def cases(smoke: bool) -> list[Case]:
     """What is run here, in order of value."""
-    rivals, full = EAGER_RIVALS + COMPILED_RIVALS, []
+    rivals = EAGER_RIVALS + COMPILED_RIVALS
     if smoke:
         sizes = [("training step", 16, 20, 1)]
         if not torch.cuda.is_available():
@@ -102,12 +109,13 @@ def cases(smoke: bool) -> list[Case]:
             ("training step", 512, 1_000_000, 1),
         ]
     else:
-        sizes = [("training step", 256, 4_000, 1), ("prediction", 256, 4_000, 1)]
-        full, rivals = [(work, 256, 10_000, 1) for work in TASKS], CPU_RIVALS
+        sizes = [("training step", 256, CPU_EDGES, 1), ("prediction", 256, CPU_EDGES, 1)]
+        sizes += [(work, 256, 10_000, 1) for work in TASKS]
+        rivals = CPU_RIVALS
     captured = torch.cuda.is_available() and not smoke
     return [
-        Case(work, channels, rival, edges, crystals, smoke, (work, channels, edges, crystals) in full)
-        for work, channels, edges, crystals in sizes + full
+        Case(work, channels, rival, edges, crystals, smoke)
+        for work, channels, edges, crystals in sizes
         for rival in (*rivals, *(CAPTURED_RIVALS if captured and work == "fine-tuning step" else ()))
     ]
 

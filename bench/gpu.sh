@@ -2,7 +2,7 @@
 # Build, test and measure on a fresh GPU machine within ten minutes, the most telling figures first.
 #
 #     bench/gpu.sh                      everything; needs an NVIDIA GPU and a python3 with torch and triton
-#     bench/gpu.sh build kernels        these stages: build tests model compiled kernels neighbors widths
+#     bench/gpu.sh build kernels        these stages: build tests model compiled kernels data neighbors widths
 #     bench/gpu.sh --smoke              the same path at tiny sizes, on a CPU through Triton's interpreter
 #
 # What was measured is in $OUT (bench/out) after every stage: the device's record, its roofline, and log.txt.
@@ -22,8 +22,8 @@ if [[ ${1:-} == --smoke ]]; then
     export TRITON_INTERPRET=1
     shift
 fi
-all=(build tests model compiled kernels neighbors widths)
-((${#smoke[@]})) && all=(tests model kernels)
+all=(build tests model compiled kernels data neighbors widths)
+((${#smoke[@]})) && all=(tests model kernels data)
 stages=" ${*:-${all[*]}} "
 
 mkdir -p "$OUT"
@@ -95,10 +95,12 @@ fi
 if ((${#smoke[@]})); then
     measure model 120 bench_model.py
     measure kernels 120 bench_kernels.py
+    measure data 120 bench_data.py
 else
     measure model 150 bench_model.py -k "C256 and not compiled"
     measure compiled 100 bench_model.py -k "C256 and compiled"
     measure kernels 70 bench_kernels.py -k C256
+    measure data 50 bench_data.py -k "share or resident or noise or gather and not lmdb"
     measure neighbors 40 bench_neighbors_cuda.py
     measure widths 120 bench_model.py -k "not C256 and not compiled"
 fi
