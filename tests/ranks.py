@@ -7,6 +7,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+PRELOADED = ["torch.distributed", "mgt_fast.train.finetune", "mgt_fast.train.pretrain", "pytest"]
+"""Imported once, then forked; the server does not find the tests' own modules."""
+
 
 def run_ranks(function, size, folder, *args):
     """Return function(rank, *args) of each rank.
@@ -18,7 +21,7 @@ def run_ranks(function, size, folder, *args):
         args: further arguments.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([function.__module__])  # imported once, then forked
+    context.set_forkserver_preload(PRELOADED)
     with ProcessPoolExecutor(size, context) as pool:
         tasks = [pool.submit(_run, rank, size, str(folder / "ranks"), function, args) for rank in range(size)]
         for task in as_completed(tasks):

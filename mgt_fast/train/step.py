@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 
 from ..distributed import Ranks
 from ..graph import CrystalGraph
-from ..kernels.statistics import ChunkStatistics, RankStatistics, set_statistics
+from ..kernels.statistics import ChunkStatistics, RankStatistics, norms_of, set_statistics
 from ..profiling import span
 
 
@@ -78,7 +78,10 @@ class ChunkLoss:
 
 @dataclass(frozen=True)
 class JointLoss:
-    """The part of a loss that compares all crystals of a global batch: value, gradient (2, B, C), figures."""
+    """The part of a loss that compares the crystals of a global batch: value, gradient (2, B, C), figures.
+
+    Each rank computes a share of it; the shares add up.
+    """
 
     loss: torch.Tensor
     gradient: torch.Tensor
@@ -100,19 +103,21 @@ class StepTask(Protocol):
         """Compute what a chunk adds to the loss of its batch."""
 
     def joint_loss(self, embeddings: torch.Tensor) -> JointLoss:
-        """Compare the crystals of a global batch by their embeddings, (2, B, C)."""
+        """Compute this rank's share of what compares a batch's crystals by their embeddings, (2, B, C)."""
 
 
 @dataclass(frozen=True)
 class StepResult:
     """What a step found: the loss, the norm of the whole gradient before clipping, and the task's figures.
 
-    All are those of the global batch, the same on every rank.
+    All are those of the global batch, the same on every rank. `votes` are the sums of what each rank gave to
+    the step; None if there is one rank.
     """
 
     loss: torch.Tensor
     norm: torch.Tensor
     figures: dict[str, torch.Tensor]
+    votes: torch.Tensor | None = None
 
 
 class TrainingStep:
@@ -148,8 +153,13 @@ class TrainingStep:
         self.max_norm = math.inf if grad_clip is None else grad_clip
         self.optimizer = self._adamw(weight_decay)
 
-    def gradients(self, batch: Batch) -> StepResult:
-        """Compute the clipped gradients of a batch; the weights stay as they are."""
+    def gradients(self, batch: Batch, votes: Sequence[float] = ()) -> StepResult:
+        """Compute the clipped gradients of a batch; the weights stay as they are.
+
+        Args:
+            batch: this rank's share.
+            votes: numbers to be added up over the ranks along with the gradients, at no cost of their own.
+        """
         self.task.model.recompute = batch.recompute
         if not batch.chunked:
             with self._rank_statistics():
@@ -158,7 +168,7 @@ class TrainingStep:
             losses = self._chunks_of_one_batch(batch)
         else:
             losses = self._separate_chunks(batch)
-        return self._reduced(losses)
+        return self._reduced(losses, votes)
 
     def update(self, lr: float):
         """Move the weights by the gradients computed last."""
@@ -188,7 +198,7 @@ class TrainingStep:
         found = self.task.forward(batch, chunk)
         joint = _joint(self.task, self.ranks, batch, [found.embeddings])
         self._backward(found, chunk, joint)
-        return _losses(self.ranks, [found], joint)
+        return _losses([found], joint)
 
     def _chunks_of_one_batch(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Pass chunks forward and backward until their norms know the whole batch."""
@@ -201,7 +211,7 @@ class TrainingStep:
                 self.optimizer.zero_grad()
                 for chunk in batch.chunks:
                     self._backward(self.task.forward(batch, chunk), chunk, joint)
-        return _losses(self.ranks, found, joint)
+        return _losses(found, joint)
 
     def _separate_chunks(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Pass chunks forward and backward one by one, with statistics of their own."""
@@ -219,7 +229,7 @@ class TrainingStep:
             one = self.task.forward(batch, chunk)
             self._backward(one, chunk, joint)
             found.append(ChunkLoss(one.loss.detach(), one.figures))
-        return _losses(self.ranks, found, joint)
+        return _losses(found, joint)
 
     def _backward(self, found: ChunkLoss, chunk: Chunk, joint: JointLoss | None) -> None:
         loss = found.loss
@@ -228,19 +238,33 @@ class TrainingStep:
         with span("backward"):
             loss.backward()
 
-    def _reduced(self, losses: dict[str, torch.Tensor]) -> StepResult:
-        """Add up gradients and figures over the ranks, in one exchange, and clip."""
+    def _reduced(self, losses: dict[str, torch.Tensor], votes: Sequence[float] = ()) -> StepResult:
+        """Add up gradients, figures and votes over the ranks, in one exchange, and clip."""
+        counted = None
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         if self.ranks.size > 1:
-            values = [value.reshape(1).to(gradients[0].dtype) for value in losses.values()]
-            flat = torch.cat([gradient.flatten() for gradient in gradients] + values)
+            # Running statistics of each rank's own rows would drift apart: all go on from their average.
+            running = [value.div_(self.ranks.size) for value in self._separate_running_statistics()]
+            summed = gradients + running
+            values = torch.stack([value.reshape(()).to(gradients[0].dtype) for value in losses.values()])
+            flat = torch.cat([tensor.flatten() for tensor in summed] + [values, values.new_tensor(votes)])
             self.ranks.sum_(flat)
-            parts = flat.split([gradient.numel() for gradient in gradients] + [1] * len(values))
-            for gradient, total in zip(gradients, parts, strict=False):
-                gradient.copy_(total.view_as(gradient))
-            losses = dict(zip(losses, (part[0] for part in parts[len(gradients) :]), strict=True))
+            *parts, values, counted = flat.split(
+                [tensor.numel() for tensor in summed] + [len(values), len(votes)]
+            )
+            for tensor, total in zip(summed, parts, strict=True):
+                tensor.copy_(total.view_as(tensor))
+            losses = dict(zip(losses, values, strict=True))
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
-        return StepResult(losses.pop("loss"), norm, losses)
+        return StepResult(losses.pop("loss"), norm, losses, counted)
+
+    def _separate_running_statistics(self) -> list[torch.Tensor]:
+        """Return the running statistics that each rank moves by its own rows."""
+        if self.statistics == "global":
+            return []
+        return [
+            value for norm in norms_of(self.task.model) for value in (norm.running_mean, norm.running_var)
+        ]
 
 
 @torch.no_grad()
@@ -248,7 +272,7 @@ def batch_losses(task: StepTask, ranks: Ranks, batch: Batch) -> dict[str, float]
     """Return "loss" and figures of a global batch, the same on every rank; nothing is learnt."""
     found = [task.forward(batch, chunk) for chunk in batch.chunks]
     joint = _joint(task, ranks, batch, [one.embeddings for one in found])
-    losses = _losses(ranks, found, joint)
+    losses = _losses(found, joint)
     values = torch.stack([value.double().reshape(()) for value in losses.values()])
     return dict(zip(losses, ranks.sum_(values).tolist(), strict=True))
 
@@ -262,16 +286,16 @@ def _joint(
     own = torch.cat([one.detach() for one in embeddings], dim=1)
     everywhere = own.new_zeros(2, batch.size, own.shape[2])
     everywhere[:, torch.cat([chunk.places for chunk in batch.chunks])] = own
-    return task.joint_loss(ranks.sum_(everywhere))  # each row is nonzero on one rank alone
+    joint = task.joint_loss(ranks.sum_(everywhere))  # each row is nonzero on one rank alone
+    return replace(joint, gradient=ranks.sum_(joint.gradient))
 
 
-def _losses(ranks: Ranks, found: list[ChunkLoss], joint: JointLoss | None) -> dict[str, torch.Tensor]:
-    """Add up loss and figures of this rank's chunks; what is joint counts on the first rank."""
+def _losses(found: list[ChunkLoss], joint: JointLoss | None) -> dict[str, torch.Tensor]:
+    """Add up loss and figures of this rank's chunks, and its share of what is joint."""
     sums = {"loss": sum(one.loss.detach() for one in found)}
     for name in found[0].figures:
         sums[name] = sum(one.figures[name] for one in found)
     if joint is not None:
-        share = 1.0 if ranks.is_main else 0.0
-        sums["loss"] = sums["loss"] + share * joint.loss
-        sums |= {name: share * value for name, value in joint.figures.items()}
+        sums["loss"] = sums["loss"] + joint.loss
+        sums |= joint.figures
     return sums

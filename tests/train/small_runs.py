@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from faults import watched
 from rich.console import Console
 from safetensors import safe_open
@@ -186,3 +187,19 @@ def run_until(moment, command, folder, *changes, **options):
     if len(passed) > moment["at"]:
         time.sleep(60)  # the delay is not over
     return "ended"
+
+
+@contextmanager
+def double_precision():
+    """Let networks, graphs and losses be in float64, so that only errors show and no rounding."""
+    make, build = MGT.__init__, GraphSource.build
+
+    def make_double(self, *args, **kwargs):
+        make(self, *args, **kwargs)
+        self.double()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MGT, "__init__", make_double)
+        patch.setattr(GraphSource, "build", lambda *args: build(*args).to(dtype=torch.float64))
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        yield
