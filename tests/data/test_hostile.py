@@ -176,6 +176,7 @@ def with_operations(count, atoms=1):
     [
         (CIF + "#" * base.MAX_TEXT, "too_large", "more than 16777216 characters"),
         (HEAD + ATOMS + "Na 0 0 0\n" * (base.MAX_ATOMS + 1), "too_many_atoms", "100001 atoms or more"),
+        (CIF + "loop_\n_atom_site_occupancy\n1\n1\n", "unreadable_cif", "occupancy has 2 values for 1 atoms"),
         (with_operations(cif.MAX_OPERATIONS + 1), "unreadable_cif", "1001 symmetry operations are listed"),
         (with_operations(900, 50), "too_many_atoms", "900 symmetry operations on 50 atoms"),
     ],

@@ -112,6 +112,10 @@ class CifText:
                 for axis, column in zip("xyz", coords, strict=True)
             ]
         ).T
+        for tag in ("_atom_site_type_symbol", "_atom_site_label", "_atom_site_occupancy"):
+            count = len(block.find_values(tag))
+            if count not in (0, len(coords)):
+                raise _unreadable(count, f"{tag} has {count} values for {len(coords)} atoms")
         species = _species(block)
         _check_occupancy(block, species)
         rotations, translations = _operations(block, lengths_angles)
