@@ -14,7 +14,6 @@ import time
 
 import pytest
 import torch
-from machine import device_name, measure_ceilings, release_memory, versions
 
 STARTED = pytest.StashKey[float]()
 UNMEASURED = pytest.StashKey[list]()
@@ -31,7 +30,7 @@ def pytest_configure(config):
     config.stash[UNMEASURED] = []
     config.stash[CEILINGS] = {}
     if config.getoption("smoke") and not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"  # before Triton's import
+        os.environ["TRITON_INTERPRET"] = "1"  # before Triton's import, that is before `machine`'s
 
 
 @pytest.hookimpl(wrapper=True)
@@ -39,6 +38,8 @@ def pytest_pyfunc_call(pyfuncitem):
     """Run a benchmark if there is time for it, and skip it if there is not the memory."""
     if time.monotonic() - pyfuncitem.config.stash[STARTED] > pyfuncitem.config.getoption("seconds"):
         pytest.skip("out of time")
+    from machine import release_memory
+
     release_memory()
     try:
         return (yield)
@@ -61,6 +62,8 @@ def pytest_runtest_makereport(item, call):
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
+    from machine import device_name, versions
+
     output_json["machine_info"] |= {
         "device": device_name(),
         "versions": versions(),
@@ -80,6 +83,8 @@ def _scope(request, benchmark):
 @pytest.fixture(scope="session")
 def ceilings(request) -> dict[str, float]:
     """What this machine reaches at best; see `machine.measure_ceilings`."""
+    from machine import measure_ceilings
+
     found = request.config.stash[CEILINGS]
     if not found:
         small = request.config.getoption("smoke")
