@@ -61,11 +61,21 @@ def nt_xent(z_a: torch.Tensor, z_b: torch.Tensor, temperature: float = 1.0) -> t
 
 
 def nt_xent_gradient(
-    z_a: torch.Tensor, z_b: torch.Tensor, temperature: float = 1.0, anchors: int = 8192
+    z_a: torch.Tensor,
+    z_b: torch.Tensor,
+    temperature: float = 1.0,
+    *,
+    part: int = 0,
+    parts: int = 1,
+    anchors: int = 8192,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `nt_xent` and its gradient with respect to both embeddings, (2, B, C).
+    """Return `nt_xent` and its gradient with respect to both embeddings, (2, B, C), or a part of either.
 
-    So many anchors at a time, of which each has 2B similarities, bound the memory.
+    Args:
+        z_a, z_b, temperature: see `nt_xent`.
+        part, parts: the anchors that are summed over are one of so many parts; the parts' losses and
+            gradients add up to the whole.
+        anchors: at a time, of which each has 2B similarities in memory.
     """
     with torch.enable_grad():
         z = torch.stack((z_a.detach(), z_b.detach())).requires_grad_()
@@ -73,12 +83,12 @@ def nt_xent_gradient(
         leaf = unit.detach().requires_grad_()
         num_anchors = leaf.shape[0]
         loss, gradient = leaf.new_zeros(()), torch.zeros_like(leaf)
-        for start in range(0, num_anchors, anchors):
-            part = (
-                _sum_over_anchors(leaf, start, min(start + anchors, num_anchors), temperature) / num_anchors
-            )
-            loss += part.detach()
-            gradient += torch.autograd.grad(part, leaf)[0]
+        first, last = (num_anchors * edge // parts for edge in (part, part + 1))
+        for start in range(first, last, anchors):
+            stop = min(start + anchors, last)
+            some = _sum_over_anchors(leaf, start, stop, temperature) / num_anchors
+            loss += some.detach()
+            gradient += torch.autograd.grad(some, leaf)[0]
         return loss, torch.autograd.grad(unit, z, gradient)[0]
 
 

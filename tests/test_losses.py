@@ -73,7 +73,7 @@ def test_gradient_of_nt_xent_in_blocks(anchors):
     z = torch.randn(
         2, 7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True
     )
-    loss, gradient = nt_xent_gradient(*z, 0.5, anchors)
+    loss, gradient = nt_xent_gradient(*z, 0.5, anchors=anchors)
     expected = nt_xent(*z, 0.5)
     torch.testing.assert_close(loss, expected.detach())
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, z)[0])
@@ -104,6 +104,13 @@ def test_loss_parts(graph, denoising):
     # Wrong by 0.1 in three components: a sum over two crystals, or a mean in units of 0.05.
     assert float(found.so3_denoising) == pytest.approx(0.06 if denoising == "crystal" else 12)
     assert float(found.total) == pytest.approx(2 * float(nt_xent(z, z)) + 5 * float(found.so3_denoising))
+
+
+def test_parts_of_nt_xent_add_up():
+    z = torch.randn(2, 7, 4, dtype=torch.float64)
+    parts = [nt_xent_gradient(*z, 0.5, part=part, parts=3, anchors=2) for part in range(3)]
+    for found, expected in zip(map(sum, zip(*parts, strict=True)), nt_xent_gradient(*z, 0.5), strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("denoising", ["crystal", "edge"])

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Protocol
@@ -91,11 +91,12 @@ class PaddedStep(TrainingStep):
         self.num_crystals = task.largest_batch + 1  # the last is filler
         self.buckets: OrderedDict[tuple[int, int], _Bucket] = OrderedDict()
 
-    def gradients(self, batch: Batch) -> StepResult:
+    def gradients(self, batch: Batch, votes: Sequence[float] = ()) -> StepResult:
         """Compute the clipped gradients of a batch; the weights stay as they are.
 
         Args:
             batch: one chunk; its graph is best on the CPU.
+            votes: see `TrainingStep.gradients`; a single rank needs none.
 
         Raises:
             ValueError: if there are fewer than two atoms or edges, over which there are no statistics; if the
@@ -171,7 +172,7 @@ class CapturedStep(PaddedStep):
             self.parameters, lr=self.lr, weight_decay=weight_decay, fused=True, capturable=True
         )
 
-    def gradients(self, batch: Batch) -> StepResult:
+    def gradients(self, batch: Batch, votes: Sequence[float] = ()) -> StepResult:
         """Compute the clipped gradients of a batch; see `PaddedStep.gradients`."""
         self.batch = batch = self._load(batch)
         if not batch.warm:

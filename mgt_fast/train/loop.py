@@ -169,12 +169,21 @@ class Fit:
         course = self.course
         self.task.model.train()
         batches = self.task.batches(course.epoch, course.batch)
-        for _ in range(course.batch, self.task.steps_per_epoch):
-            start = time.perf_counter()
-            batch, stop, save = self._next(batches)
-            course.graph_seconds += time.perf_counter() - start
-            self.take_step(batch)
+        start = time.perf_counter()
+        batch, error = self._built(batches)
+        if self.ranks.total([float(error is not None)])[0]:
+            self.ranks.agree(error)
+        while batch is not None:
+            # The next batch is made before this one's exchange, which can then say whether all ranks could.
+            following, error = self._built(batches)
+            votes = (
+                float(error is not None),
+                float(self._stop.signal is not None),
+                float(self.ranks.is_main and self._save_is_due()),
+            )
+            failed, stop, save = self.take_step(batch, votes)
             course.seconds += time.perf_counter() - start
+            start = time.perf_counter()
             advance()
             if stop or save:
                 self._save_state()
@@ -184,31 +193,42 @@ class Fit:
                     "as asked; continue with --resume",
                     self._stop.signal,
                 )
+            if failed:
+                self.ranks.agree(error)
+            batch = following
 
-    def _next(self, batches: Iterator[Batch]) -> tuple[Batch | None, bool, bool]:
-        """Return the next batch, whether any rank was asked to stop, and whether the first wants to save."""
-        batch, error = None, None
+    def _built(self, batches: Iterator[Batch]) -> tuple[Batch | None, Exception | None]:
+        """Return the next batch, None after the last, or why it cannot be made.
+
+        What fails on one rank must fail on all, or the others would wait for it.
+        """
+        start = time.perf_counter()
         try:
-            batch = next(batches)
-        except Exception as caught:  # it must fail on every rank, or the others would wait for this one
-            error = caught
-        save_is_due = self.ranks.is_main and self._save_is_due()
-        wishes = [error is not None, self._stop.signal is not None, save_is_due]
-        failed, stop, save = self.ranks.total([float(wish) for wish in wishes])
-        if failed:
-            self.ranks.agree(error)
-        return batch, stop > 0, save > 0
+            return next(batches, None), None
+        except Exception as error:
+            return None, error
+        finally:
+            self.course.graph_seconds += time.perf_counter() - start
 
-    def take_step(self, batch: Batch) -> None:
+    def take_step(self, batch: Batch, votes: tuple[float, ...] = ()) -> list[float]:
         """Learn from one batch and record it; an epoch's end is not looked at.
+
+        Args:
+            batch: this rank's share.
+            votes: numbers to be added up over the ranks.
+
+        Returns:
+            The sums of the votes.
 
         Raises:
             NonFiniteLossError: see `run`.
         """
         course = self.course
         lr = self.optim.lr * warmup_cosine(course.step, self.warmup_steps, self.total_steps)
-        result = self.training_step.gradients(batch)
+        result = self.training_step.gradients(batch, votes)
         loss, norm, *figures = _numbers(result)
+        if result.votes is not None:
+            figures, votes = figures[: len(result.figures)], figures[len(result.figures) :]
         for chunk in batch.chunks:
             chunk.graph.check_status()
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -222,6 +242,7 @@ class Fit:
             course.sums[name] = course.sums.get(name, 0.0) + value * batch.size
         named = dict(zip(result.figures, figures, strict=True))
         self.log.record_step(course.step, course.epoch, {"loss": loss, "norm": norm, "lr": lr, **named})
+        return list(votes)
 
     def _tell_path(self, batch: Batch) -> None:
         """Say once that memory does not hold a batch as a whole, and what that costs."""
@@ -297,8 +318,13 @@ class Fit:
 
 
 def _numbers(result: StepResult) -> list[float]:
-    """Read loss, norm and figures from the device, at once."""
-    values = (result.loss, result.norm, *result.figures.values())
+    """Read loss, norm, figures and votes from the device, at once."""
+    values = (
+        result.loss,
+        result.norm,
+        *result.figures.values(),
+        *(() if result.votes is None else result.votes),
+    )
     return torch.stack([value.detach().double().reshape(()) for value in values]).tolist()
 
 

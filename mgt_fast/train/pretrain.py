@@ -89,10 +89,12 @@ class PretrainTask(GraphTask):
         return ChunkLoss(loss, figures, embeddings)
 
     def joint_loss(self, embeddings: torch.Tensor) -> JointLoss:
-        """Contrast the two views of all crystals of a global batch."""
+        """Contrast the two views of the crystals of a global batch, this rank's share of them with all."""
         settings = self.config.pretraining
         with span("loss"):
-            loss, gradient = nt_xent_gradient(*embeddings, settings.temperature)
+            loss, gradient = nt_xent_gradient(
+                *embeddings, settings.temperature, part=self.ranks.rank, parts=self.ranks.size
+            )
         weight = settings.contrastive_weight
         return JointLoss(weight * loss, weight * gradient, {"contrastive": loss})
 
