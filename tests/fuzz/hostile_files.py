@@ -77,7 +77,8 @@ def _paths(value, path=()):
 
 def _replaced(rng: random.Random, content):
     """Replace, remove, repeat or nest a value somewhere."""
-    content = json.loads(json.dumps(content))
+    text = json.dumps(content)
+    content = json.loads(text)
     path = rng.choice(list(_paths(content)))
     if not path:
         return rng.choice([content, [content], {"a": content}, rng.choice(ODD)])
@@ -92,7 +93,7 @@ def _replaced(rng: random.Random, content):
         case 4 if isinstance(holder, dict):
             holder[rng.choice(KEYS)] = rng.choice(ODD)
         case 4 | 5:
-            holder[path[-1]] = [holder[path[-1]]] * rng.choice([1, 2, 2000])
+            holder[path[-1]] = [holder[path[-1]]] * rng.choice([1, 2, 2000 if len(text) < 20_000 else 3])
     return content
 
 
