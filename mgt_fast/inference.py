@@ -32,8 +32,7 @@ from .structures import CrystalBatch
 REFERENCE, PREDICTION = "reference", "prediction"  # first words of a table's columns
 
 NUMBERS_PER_EDGE = 15
-"""Numbers an edge and channel that a prediction holds at its peak (in tests/test_inference.py compared with what
-a CPU took)."""
+"""Numbers an edge and channel that a prediction holds at its peak; tests compare it with what a CPU takes."""
 
 
 class TooLargeError(ValueError):
@@ -238,11 +237,13 @@ def predict_crystals(
     bytes_per_edge = NUMBERS_PER_EDGE * model.config.channels * parameter.dtype.itemsize
 
     def check(crystals: CrystalBatch, num_edges: int) -> None:
-        if num_edges * bytes_per_edge > limit:
+        needed = num_edges * bytes_per_edge
+        if needed > limit:
+            names = ", ".join(crystals.ids[:3]) + ", ..." * (len(crystals) > 3)
             raise TooLargeError(
-                f"to predict {', '.join(crystals.ids[:3])}{', ...' * (len(crystals) > 3)} with {num_edges} edges "
-                f"takes about {num_edges * bytes_per_edge / 2**30:.3g} GiB, {limit / 2**30:.3g} GiB are allowed; "
-                "predict fewer crystals at a time, or raise the limit (--memory-gib, memory=)"
+                f"to predict {names} with {num_edges} edges takes about {needed / 2**30:.3g} GiB, "
+                f"{limit / 2**30:.3g} GiB are allowed; predict fewer crystals at a time, or raise the limit "
+                "(--memory-gib, memory=)"
             )
 
     def graph(crystals: CrystalBatch) -> CrystalGraph:
@@ -299,8 +300,8 @@ class Reject:
     Attributes:
         source: the file, or the dataset.
         id: the crystal's name.
-        reason: a short code; those of reading are `data.prepare`'s, "too_large" and "no_prediction" come after
-            it.
+        reason: a short code; those of reading are `data.prepare`'s, after it come "too_large" (for memory)
+            and "no_prediction".
         value: what is at fault.
         message: the same in words.
     """
