@@ -190,7 +190,7 @@ def many_atoms(rng: random.Random, text: str) -> str:
     """Repeat the last line, an atom, with other coordinates: dense, coincident or in a tiny cluster."""
     lines = text.rstrip("\n").split("\n")
     fields = lines[-1].split()
-    if len(fields) < 6:
+    if len(fields) < 6 or len(lines[-1]) > 1000:
         return text
     count, spread = rng.choice([100, 1000, 20_000, 150_000]), rng.choice([1.0, 1.0, 0.02, 0.0])
     lines[-1] = "\n".join(
