@@ -15,6 +15,9 @@ from .kernels.segments import segment_mean
 from .layers import GraphIndex
 from .outputs import EdgeNoise, MGTOutput
 
+NOISE = 0
+"""Purpose of the random numbers that become noise; `model.Dropout` has others."""
+
 
 def draw_noise(graph: CrystalGraph, std: float, keys: torch.Tensor | None = None) -> EdgeNoise:
     """Draw independent Gaussian noise for every angle cosine and edge vector.
@@ -29,7 +32,8 @@ def draw_noise(graph: CrystalGraph, std: float, keys: torch.Tensor | None = None
         keys = torch.randint(2**62, (graph.num_crystals,), device=graph.batch_ptr.device)
     crystal = GraphIndex(graph).crystal_of_edge
     place = torch.arange(graph.num_edges, device=keys.device) - crystal.ptr[crystal.index]
-    noise = normal(fork_keys(keys[crystal.index], place), 6, graph.edge_vec.dtype).mul_(std)
+    keys = fork_keys(keys, NOISE)[crystal.index]
+    noise = normal(fork_keys(keys, place), 6, graph.edge_vec.dtype).mul_(std)
     return EdgeNoise(cosine=noise[:, :3], vector=noise[:, 3:])
 
 

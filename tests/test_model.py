@@ -5,6 +5,7 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from mgt_fast import MGT, CrystalBatch, MGTConfig, build_graph, layers
+from mgt_fast.kernels import random
 from mgt_fast.losses import draw_noise
 from mgt_fast.model import Dropout
 from mgt_fast.outputs import EdgeNoise
@@ -187,3 +188,19 @@ def test_sharing_equal_lengths_and_angles_changes_nothing(graph, monkeypatch):
         prediction.square().sum().backward()
         outs.append([prediction, *(p.grad for p in model.parameters())])
     torch.testing.assert_close(*outs, rtol=1e-9, atol=1e-11)
+
+
+def test_noise_and_dropout_share_no_random_numbers(graph):
+    keys, drawn = torch.tensor([3, 4]), []
+    words = random.random_words
+
+    def spy(some_keys, columns):
+        drawn.append(some_keys.tolist())
+        return words(some_keys, columns)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(random, "random_words", spy)
+        model = make(dropout=0.5)
+        model(graph, draw_noise(graph, 0.05, keys), keys)
+    assert [len(used) for used in drawn] == [graph.num_edges, 2, 2, 2, 2]
+    assert len({key for used in drawn for key in used}) == graph.num_edges + 8
