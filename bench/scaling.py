@@ -34,7 +34,8 @@ import matplotlib.pyplot as plt
 
 DOCS = Path(__file__).parents[1] / "docs"
 PUBLISHED = MGTConfig(task="pretrain")
-DECISIONS = 3  # float64 numbers that ranks agree on before a step: an error, a stop, a save
+VOTES = 3  # numbers by which ranks decide in a step: an error, a stop, a save
+EXCHANGED = ("gradients", "statistics", "embeddings")
 CRYSTALS = (16, 128, 1024)  # of a rank in a step
 SHOWS = (0.05, 0.5)  # parts of a step
 PUBLISHED_BATCH = 128
@@ -52,20 +53,18 @@ class Exchange:
     collective: str
     num_bytes: int
     times: int = 1
-    by_host: bool = False
 
 
 def exchanges(config: MGTConfig, batch_size: int, statistics: str = "global") -> list[Exchange]:
     """Return what ranks exchange in a step over a global batch that is not worked on in chunks."""
     numbers, norms = _counts(config)
     compares = config.task == "pretrain" and config.views == "both"
-    reported = 4 if compares else 2  # the loss and its parts travel with the gradients
-    found = [
-        Exchange("decisions", "all_reduce", 8 * DECISIONS, by_host=True),
-        Exchange("gradients", "all_reduce", 4 * (numbers + reported)),
-    ]
-    if compares:
-        found.append(Exchange("embeddings", "all_reduce", 4 * 2 * batch_size * config.channels))
+    numbers += VOTES + (4 if compares else 2)  # the loss and its parts
+    if statistics == "local":  # running means and variances
+        numbers += sum(2 * width * times for width, times in norms)
+    found = [Exchange("gradients", "all_reduce", 4 * numbers)]
+    if compares:  # themselves, and their gradient
+        found.append(Exchange("embeddings", "all_reduce", 4 * 2 * batch_size * config.channels, 2))
     if statistics == "global":
         for width, times in norms:
             found.append(Exchange("statistics", "all_gather", 8 * (2 * width + 1), times))
@@ -134,12 +133,10 @@ CPU_NETWORKS = (Network("100 GbE, one rank a machine", 12.5e9, TCP_HOP, ranks=1,
 
 
 def exchange_seconds(exchange: Exchange, num_ranks: int, network: Network) -> float:
-    """Return how long an exchange takes, all its times: a ring through all ranks, or TCP between hosts."""
+    """Return how long an exchange takes, all its times, in a ring through all ranks."""
     if num_ranks == 1:
         return 0.0
     rounds = 2 if exchange.collective == "all_reduce" else 1
-    if exchange.by_host:  # Gloo's ring; so few bytes that only hops count
-        return exchange.times * rounds * (num_ranks - 1) * TCP_HOP
     machines = -(-num_ranks // network.ranks)
     near, far = rounds * (num_ranks - machines), rounds * (machines - 1)
     sent = exchange.num_bytes * (num_ranks - 1) * (2 / num_ranks if rounds == 2 else 1)
@@ -240,8 +237,8 @@ def step_parts(
     rows = 2 * num_ranks * crystals
     parts = {
         "own crystals": device.seconds(crystals * EDGES_PER_CRYSTAL),
-        # Three products of all similarities, in float32, on every rank.
-        "contrast": 3 * 2 * rows**2 * PUBLISHED.channels / device.float32,
+        # Three products of all similarities, in float32, divided among the ranks.
+        "contrast": 3 * 2 * rows**2 * PUBLISHED.channels / num_ranks / device.float32,
     }
     for exchange in exchanges(PUBLISHED, num_ranks * crystals, statistics):
         seconds = exchange_seconds(exchange, num_ranks, network)
@@ -250,9 +247,8 @@ def step_parts(
 
 
 def communication(parts: dict[str, float]) -> float:
-    """Return the part of a step in which ranks exchange; the contrast is left out of the step."""
-    step = sum(parts.values()) - parts["contrast"]
-    return 1 - parts["own crystals"] / step
+    """Return the part of a step in which ranks exchange."""
+    return sum(parts.get(name, 0.0) for name in EXCHANGED) / sum(parts.values())
 
 
 def first_ranks(
@@ -276,7 +272,7 @@ def exchange_table(batch_size: int = PUBLISHED_BATCH) -> str:
 
 def parts_table(shown: Sequence[Device], crystals: int = 128) -> str:
     """Markdown: where a step's time goes."""
-    names = ("own crystals", "contrast", "gradients", "statistics", "embeddings", "decisions")
+    names = ("own crystals", "contrast", *EXCHANGED)
     lines = [
         f"| device | network | ranks | {' | '.join(names)} | communication |",
         "|---|---|--:|" + "--:|" * (len(names) + 1),
@@ -311,16 +307,24 @@ def ranks_table(shown: Sequence[Device]) -> str:
     return "\n".join(lines)
 
 
-def contrast_table(shown: Sequence[Device]) -> str:
-    """Markdown: the ranks at which the contrast takes as long as a rank's own crystals."""
-    head = " | ".join(f"{crystals} crystals a rank" for crystals in CRYSTALS)
-    lines = [f"| device | {head} |", "|---|" + "--:|" * len(CRYSTALS)]
+def limits_table(shown: Sequence[Device]) -> str:
+    """Markdown: the ranks at which another part of a step takes as long as a rank's own crystals."""
+    names = ("contrast", *EXCHANGED)
+    lines = [f"| device | network | {' | '.join(names)} |", "|---|---|" + "--:|" * len(names)]
     for device in shown:
-        network, cells = device.networks[-1], []
-        for crystals in CRYSTALS:
-            parts_of = partial(step_parts, device, network, crystals=crystals)
-            cells.append(first_ranks(network, parts_of, lambda p: p["contrast"] >= p["own crystals"]))
-        lines.append(f"| {device.name} | {' | '.join(cells)} |")
+        for network in device.networks:
+            cells = []
+            for name in names:
+                found = (
+                    first_ranks(
+                        network,
+                        partial(step_parts, device, network, crystals=crystals),
+                        lambda parts, name=name: parts[name] >= parts["own crystals"],
+                    )
+                    for crystals in CRYSTALS
+                )
+                cells.append(" / ".join(found))
+            lines.append(f"| {device.name} | {network.name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -422,7 +426,7 @@ def main(argv: list[str] | None = None) -> None:
         "exchanges": exchange_table(),
         "parts": parts_table(shown),
         "ranks": ranks_table(shown),
-        "contrast": contrast_table(shown),
+        "limits": limits_table(shown),
         "published": published_table(shown),
         "cost": cost_table(shown),
     }

@@ -93,7 +93,7 @@ def exchanged_in_steps(rank, cases):
 
 
 def test_counted_exchanges_are_those_of_a_step(scaling, tmp_path):
-    cases = [("pretrain", "global"), ("pretrain", "local"), ("one view", "global"), ("finetune", "global")]
+    cases = [(kind, statistics) for kind in KINDS for statistics in ("global", "local")]
     for of_rank in run_ranks(exchanged_in_steps, 2, tmp_path, cases):
         for (kind, statistics), found in zip(cases, of_rank, strict=True):
             counted = scaling.exchanges(configured(kind, statistics).model, BATCH, statistics)
@@ -123,8 +123,8 @@ def test_small_exchanges_cost_hops(scaling):
     assert scaling.exchange_seconds(one, 16, between) == pytest.approx(
         3.6e-6 + 14 * 0.47e-6 + 2.7e-6, rel=1e-3
     )
-    decision = scaling.Exchange("", "all_reduce", 24, by_host=True)
-    assert scaling.exchange_seconds(decision, 8, within) == pytest.approx(14 * scaling.TCP_HOP)
+    twice = scaling.Exchange("", "all_gather", 8, 2)
+    assert scaling.exchange_seconds(twice, 8, within) == 2 * scaling.exchange_seconds(one, 8, within)
 
 
 def test_least_time_is_below_that_of_all_products(scaling):
@@ -134,12 +134,33 @@ def test_least_time_is_below_that_of_all_products(scaling):
     assert products <= scaling.roof_seconds_per_edge() < 2 * products
 
 
-def test_products_of_the_contrast(scaling):
+@pytest.mark.parametrize("rank", [0, 1])
+def test_products_of_the_contrast(scaling, rank):
     device = scaling.predicted_device(1.0)
     with FlopCounterMode(display=False) as counter:
-        nt_xent_gradient(*torch.randn(2, 40, scaling.PUBLISHED.channels), anchors=30)
+        nt_xent_gradient(*torch.randn(2, 40, scaling.PUBLISHED.channels), part=rank, parts=2, anchors=30)
     parts = scaling.step_parts(device, scaling.NETWORKS[0], 2, 20)
     assert parts["contrast"] * device.float32 == pytest.approx(counter.get_total_flops())
+
+
+def test_limits_are_the_first_ranks_that_wait(scaling):
+    network = scaling.NETWORKS[1]
+    device = scaling.Device("d", True, lambda edges: 1e-5 * edges, 1e12, (network,))
+    row = scaling.limits_table([device]).splitlines()[-1].strip("| ").split(" | ")
+    names = ("contrast", *scaling.EXCHANGED)
+    for name, cell in zip(names, row[2:], strict=True):
+        for crystals, ranks in zip(scaling.CRYSTALS, cell.split(" / "), strict=True):
+            first = network.most_ranks + 1 if ranks == "–" else int(ranks)
+            for num_ranks in (first - 1, first):
+                parts = scaling.step_parts(device, network, num_ranks, crystals)
+                waits = parts[name] >= parts["own crystals"]
+                assert waits == (num_ranks == first <= network.most_ranks)
+
+
+def test_communication_is_the_rest_of_a_step(scaling):
+    parts = scaling.step_parts(scaling.predicted_device(1.0), scaling.NETWORKS[1], 64, 128)
+    own = parts["own crystals"] + parts["contrast"]
+    assert scaling.communication(parts) == pytest.approx(1 - own / sum(parts.values()))
 
 
 def record(device, rival, times, **versions):
@@ -175,7 +196,7 @@ def test_measured_gpu_takes_the_place_of_predictions(scaling, tmp_path):
 def test_one_command_renews_tables_and_picture(scaling, tmp_path):
     write = importlib.import_module("record").write
     write(tmp_path / "gpu.json", record("A GPU", "triton-bf16", {10**5: 0.2}, cuda="13.0"))
-    names = ("exchanges", "parts", "ranks", "contrast", "published", "cost")
+    names = ("exchanges", "parts", "ranks", "limits", "published", "cost")
     page = tmp_path / "scaling.md"
     page.write_text(
         "before\n" + "".join(f"<!-- {name} -->\nold\n<!-- end -->\n" for name in names) + "after\n"
