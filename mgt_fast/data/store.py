@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -236,10 +236,9 @@ class CrystalDataset:
     Attributes:
         path: the dataset's folder.
         ids: the crystals' names, a sequence of str.
-        num_atoms: atoms of each crystal, (n,) int64.
-        targets: target name to values, (n,) float64, NaN where missing.
+        num_atoms: atoms of each crystal, (n,) int32.
+        targets: target name to values, (n,) float64, NaN where missing; each is read when first asked for.
         target_info: target name to its unit and description.
-        split: "train", "val", "test" or "" of each crystal, (n,) str.
     """
 
     def __init__(
@@ -252,11 +251,11 @@ class CrystalDataset:
         self.path = path
         self.target_info = dict(target_info)
         self.ids = DatasetIds([shard.column("id") for shard in shards])
-        self.split = _joined([shard.column("split").cast(pa.string()) for shard in shards], "U5")
-        self.targets = {
-            name: _joined([shard.column(name) for shard in shards], np.float64) for name in target_info
-        }
-        self.num_atoms = _joined([shard.column("numbers").value_lengths() for shard in shards], np.int64)
+        self.targets = _Targets({name: [shard.column(name) for shard in shards] for name in target_info})
+        self.num_atoms = _joined(
+            [shard.column("numbers").value_lengths().to_numpy() for shard in shards], np.int32
+        )
+        self._parts = _joined([_split_codes(shard.column("split")) for shard in shards], np.int8)
         self._edge_counts = dict(edge_counts or {})
         self._reader = _C.CrystalReader(
             [
@@ -305,6 +304,17 @@ class CrystalDataset:
         """Unit of each target."""
         return {name: target.unit for name, target in self.target_info.items()}
 
+    @property
+    def split(self) -> np.ndarray:
+        """The part of each crystal, "train", "val", "test" or "", (n,) str; 20 bytes a crystal, made anew."""
+        return np.array(SPLITS)[self._parts]
+
+    def part(self, name: str) -> np.ndarray:
+        """Return the crystals of the part "train", "val", "test" or "" as ascending positions, (k,) int64."""
+        if name not in SPLITS:
+            raise ValueError(f"part {name!r}; the parts are {', '.join(map(repr, SPLITS))}")
+        return np.flatnonzero(self._parts == SPLITS.index(name))
+
     def gather(self, indices) -> CrystalBatch:
         """Read the crystals at `indices`, in that order.
 
@@ -338,9 +348,37 @@ def whole_numbers(indices) -> np.ndarray:
     return indices.astype(np.int64)
 
 
-def _joined(columns: list[pa.Array], dtype) -> np.ndarray:
-    parts = [column.to_numpy(zero_copy_only=False) for column in columns]
-    return np.concatenate([np.empty(0, dtype), *(part.astype(dtype) for part in parts)])
+class _Targets(Mapping):
+    """Columns of targets by name, each joined from its shards when it is first asked for."""
+
+    def __init__(self, columns: Mapping[str, list[pa.DoubleArray]]):
+        self._columns = columns
+        self._values: dict[str, np.ndarray] = {}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._values:
+            pieces = [column.to_numpy(zero_copy_only=False) for column in self._columns[name]]
+            self._values[name] = np.concatenate([np.empty(0), *pieces])
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._columns)
+
+    def __len__(self) -> int:
+        return len(self._columns)
+
+
+def _split_codes(column: pa.DictionaryArray) -> np.ndarray:
+    """Return the part of each crystal as its place in SPLITS, (n,) int8; the file's own codes if they are."""
+    codes, names = column.indices.to_numpy(), column.dictionary.to_pylist()
+    if names == list(SPLITS):
+        return codes
+    return np.array([SPLITS.index(name) for name in names], np.int8)[codes]
+
+
+def _joined(pieces: list[np.ndarray], dtype: type) -> np.ndarray:
+    """Return the shards' pieces of a column as one array; a single one as it is, where it lies."""
+    return pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, dtype), *pieces])
 
 
 def _open_table(file: Path, schema: pa.Schema) -> pa.RecordBatch:
@@ -391,9 +429,11 @@ def _open_shard(file: Path, entry: dict, schema: pa.Schema) -> pa.RecordBatch:
 def _open_counts(file: Path, max_neighbors: int, num_atoms: np.ndarray) -> np.ndarray:
     column = _open_table(file, EDGE_COUNTS_SCHEMA).column(0)
     counts = column.fill_null(0).to_numpy()
-    # Every atom has max_neighbors edges at least, and every edge its reverse.
-    sound = len(counts) == len(num_atoms) and (
-        ((counts >= max_neighbors * num_atoms) & (counts % 2 == 0)) | (counts == 0)
+    # Every atom has max_neighbors edges at least, and every edge its reverse. Divided, so nothing overflows.
+    sound = (
+        len(counts) == len(num_atoms)
+        and 1 <= max_neighbors < 2**31
+        and (((counts // max_neighbors >= num_atoms) & (counts % 2 == 0)) | (counts == 0))
     )
     if not np.all(sound):
         raise DatasetError(f"{file} does not hold the edges of these crystals; {RESTORE}")

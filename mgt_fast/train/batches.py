@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..data.store import SPLITS
+
 if TYPE_CHECKING:
     from ..data import CrystalDataset
     from .config import DataConfig
@@ -45,10 +47,15 @@ def select_parts(
         "train", "val" and "test": sizes are rounded down, what is left goes to "train".
     """
     rng = np.random.default_rng(seed)
-    chosen = np.arange(len(dataset)) if usable is None else np.flatnonzero(usable)
     if data.fractions is None:
-        parts = {str(name): chosen[dataset.split[chosen] == name] for name in np.unique(dataset.split)}
+        parts = {name: dataset.part(name) for name in sorted(SPLITS)}
+        parts = {
+            name: members if usable is None else members[usable[members]]
+            for name, members in parts.items()
+            if len(members)
+        }
     else:
+        chosen = np.arange(len(dataset)) if usable is None else np.flatnonzero(usable)
         shuffled = rng.permutation(chosen)
         n_val, n_test = (int(fraction * len(chosen) + 1e-9) for fraction in data.fractions[1:])
         n_train = len(chosen) - n_val - n_test

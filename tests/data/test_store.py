@@ -29,6 +29,8 @@ def test_round_trip_in_any_order(folder, crystals):
     assert dataset.ids[-1] == crystals["ids"][-1]
     assert dataset.ids[6:9] == crystals["ids"][6:9]
     assert dataset.split.tolist() == crystals["split"]
+    for name in ("train", "val", "test", ""):
+        assert dataset.part(name).tolist() == np.flatnonzero(np.array(crystals["split"]) == name).tolist()
     assert dataset.num_atoms.tolist() == [len(numbers) for numbers in crystals["numbers"]]
     for name, values in crystals["targets"].items():
         np.testing.assert_array_equal(dataset.targets[name], values)
@@ -56,6 +58,40 @@ def test_shards_are_plain_arrow_files_of_one_batch(folder):
         with pa.ipc.open_file(folder / shard["file"]) as reader:
             assert reader.num_record_batches == 1
             assert reader.get_batch(0).column("gap").null_count > 0
+
+
+@pytest.mark.parametrize("names", [["test", "val"], ["val", "test", ""], ["val", "test", "val"]])
+def test_parts_are_read_by_name_whatever_their_codes(folder, crystals, names):
+    codes = np.random.default_rng(1).integers(0, len(names), 20).astype(np.int8)
+    whole = record_batch(**crystals)
+    shards = [
+        whole.set_column(5, whole.schema.field("split"), pa.DictionaryArray.from_arrays(codes, order))
+        for order in (names, names[::-1])
+    ]
+    dataset = CrystalDataset(folder, shards, TARGETS)
+    expected = np.concatenate([np.array(order)[codes] for order in (names, names[::-1])])
+    assert dataset.split.tolist() == expected.tolist()
+    assert dataset.part("val").tolist() == np.flatnonzero(expected == "val").tolist()
+    assert dataset.part("train").tolist() == []
+    with pytest.raises(ValueError, match="part 'tests'; the parts are '', 'train', 'val', 'test'"):
+        dataset.part("tests")
+
+
+def test_a_single_shard_is_not_copied(tmp_path, crystals):
+    dataset = CrystalDataset.open(write(tmp_path / "one", crystals, shard_size=20))
+    assert dataset.split.tolist() == crystals["split"]
+    assert not dataset._parts.flags.owndata
+    assert (dataset._parts.dtype, dataset.num_atoms.dtype) == (np.int8, np.int32)
+
+
+def test_targets_are_joined_when_asked_for(folder, crystals):
+    dataset = CrystalDataset.open(folder)
+    assert list(dataset.targets) == ["energy", "gap"]
+    assert not dataset.targets._values
+    assert dataset.targets["gap"] is dataset.targets["gap"]
+    assert list(dataset.targets._values) == ["gap"]
+    with pytest.raises(KeyError, match="density"):
+        dataset.targets["density"]
 
 
 def test_the_way_batches_arrive_does_not_matter(folder, crystals, tmp_path):
