@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from types import FrameType
 from typing import Self
@@ -98,9 +97,9 @@ class _Watch:
     def _run(self) -> None:
         while number := os.read(self._read, 1):
             if number[0] == signal.SIGTERM and not self._over.wait(self._limit):
-                sys.stderr.write(
+                message = (
                     f"{self._name} was asked to stop (SIGTERM), but {self._limit:g} s later its step has "
                     "not ended: it may wait for a rank that is gone. Exiting; continue with --resume\n"
                 )
-                sys.stderr.flush()
+                os.write(2, message.encode())  # sys.stderr may be locked by the main thread
                 os._exit(128 + signal.SIGTERM)

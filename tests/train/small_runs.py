@@ -120,7 +120,7 @@ _PLACES = [
 
 
 @contextmanager
-def moments(at=None, torn=False, delay=None):
+def moments(at=None, torn=False, delay=None, only=None):
     """Yield the list of moments that a run passes, by place; at the `at`-th the process is killed.
 
     They are the begin and end of what the places name, and every operation that changes the disk.
@@ -129,22 +129,25 @@ def moments(at=None, torn=False, delay=None):
         at: number of the fatal moment; None for none.
         torn: kill in the middle of it if it is a write.
         delay: kill so many seconds later, wherever the run is then.
+        only: a place; moments of others do not count.
     """
     passed, within = [], ["start"]
 
     def moment(place, operation=None):
-        passed.append(place)
-        if len(passed) - 1 != at:
+        if only in (None, place):
+            passed.append(place)
+        if len(passed) - 1 != at or only not in (None, place):
             return False
         if torn and operation == "write":
             return True
         if delay is None:
-            _die()
-        threading.Timer(delay, _die).start()
+            die()
+        else:
+            threading.Timer(delay, die).start()
         return False
 
     def on_disk(number, operation):
-        return _die() if operation == "torn" else moment(f"{within[-1]} (disk)", operation)
+        return die() if operation == "torn" else moment(f"{within[-1]} (disk)", operation)
 
     def marked(place, function):
         def wrapper(*args, **kwargs):
@@ -165,7 +168,7 @@ def moments(at=None, torn=False, delay=None):
         yield passed
 
 
-def _die():
+def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
