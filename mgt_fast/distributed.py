@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -23,7 +23,7 @@ from .profiling import span
 START_UP = timedelta(minutes=30)
 """How long ranks wait for one another: the slowest may still be verifying its copy of a large dataset."""
 
-_LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed? ?out|peer", re.IGNORECASE)
+_LOST = re.compile(r"gloo/|nccl|connection (closed|reset|refused)|broken pipe", re.IGNORECASE)
 
 
 class RankError(RuntimeError):
@@ -109,6 +109,22 @@ class Ranks:
             if item is end:
                 return
             yield item
+
+    def require_equal(self, values: Mapping[str, Any], what: str) -> None:
+        """Check that every rank has the same values; all ranks must call this, and all raise.
+
+        Raises:
+            RankError: naming the first rank that differs from rank 0, and in what.
+        """
+        everyone = self.gather(dict(values))
+        for rank, other in enumerate(everyone):
+            keys = sorted(everyone[0].keys() | other.keys())
+            differing = [key for key in keys if other.get(key) != everyone[0].get(key)]
+            if differing:
+                faults = (
+                    f"{key} = {other.get(key)!r}, not {everyone[0].get(key)!r}" for key in differing[:5]
+                )
+                raise RankError(f"rank {rank} has another {what} than rank 0: {'; '.join(faults)}")
 
     def agree(self, error: Exception | None) -> None:
         """Raise `error`, or what another rank raises at the same time; all ranks must call this."""

@@ -327,20 +327,19 @@ def network_input(
         device: where the network is.
         dtype: the network's floating-point type.
         max_neighbors, compat: see `build_graph`.
-        num_edges: how many edges there are, where that is known: crystals that are on a CUDA device already
-            become graphs there without the host waiting; `CrystalGraph.check_status` waits, later.
+        num_edges: how many edges there are, where that is known: a CUDA device then builds the graphs without
+            the host waiting; `CrystalGraph.check_status` waits, later.
 
     Raises:
         TypeError, ValueError: as `build_graph`; for an element without features, naming structure, atom and
             atomic number (crystals on a CUDA device are not looked at: a network asserts it there).
         RuntimeError: on a CUDA device without CuPy.
     """
-    on_device = crystals.numbers.is_cuda
-    if not on_device:
+    if not crystals.numbers.is_cuda:
         _check_elements(crystals)
     if compat is None and device.type == "cuda":
         crystals = crystals.to(device)
-    max_edges = num_edges if on_device else None
+    max_edges = num_edges if compat is None and crystals.numbers.is_cuda else None
     graph = build_graph(crystals, max_neighbors=max_neighbors, compat=compat, max_edges=max_edges)
     return graph.to(device=device, dtype=dtype)
 

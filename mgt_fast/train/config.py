@@ -231,6 +231,7 @@ class FinetuneConfig(RunConfig):
     """A fine-tuning run; the defaults are the published settings where the paper states them.
 
     Attributes:
+        start: checkpoint or run folder to take pretrained weights from (`--from`); null: from scratch.
         loss: on the (scaled) targets; "huber" turns from square to linear at one standard deviation.
         capture: pad batches to few sizes and replay each step as CUDA graphs, which is meant for small
             batches; needs a CUDA device and the Triton backend. Not yet run on a GPU.
@@ -239,6 +240,7 @@ class FinetuneConfig(RunConfig):
     data: FinetuneDataConfig = FinetuneDataConfig()
     model: MGTConfig = MGTConfig()
     optim: OptimConfig = OptimConfig(lr=5e-4, epochs=500, warmup_epochs=10, batch_size=16)
+    start: Path | None = None
     loss: Literal["mse", "l1", "huber"] = "mse"
     capture: bool = False
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()

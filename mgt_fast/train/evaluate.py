@@ -18,6 +18,9 @@ from .setup import manifest_digest
 from .targets import errors
 
 ALL = "all"
+MAX_ATOMS = 4096
+"""Atoms that are predicted at a time; more crystals would not be faster, and batches of a training that is
+divided among many ranks would not fit one."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ def predict_part(
         model: a network for prediction.
         source: builds the graphs.
         indices: the crystals, by position in the dataset, in the order of the table; at least one.
-        batch_size: crystals at a time.
+        batch_size: crystals at a time, at most; see also `MAX_ATOMS`.
         ranks: that share the work.
 
     Returns:
@@ -58,7 +61,7 @@ def predict_part(
     Raises:
         ValueError: as `inference.predict_graphs`, on every rank (RankError where it happened on another).
     """
-    bounds = batch_bounds(len(indices), batch_size)
+    bounds = _bounds(source.dataset.num_atoms[indices], batch_size)
     own = range(ranks.rank, len(bounds) - 1, ranks.size)
     graphs = (source.graph(indices[bounds[i] : bounds[i + 1]]) for i in own)
     with ranks.together():
@@ -67,6 +70,13 @@ def predict_part(
     return PredictionTable.concatenate(
         [everyone[i % ranks.size][i // ranks.size] for i in range(len(bounds) - 1)]
     )
+
+
+def _bounds(num_atoms: np.ndarray, batch_size: int) -> np.ndarray:
+    """Return where batches of crystals with so many atoms begin and end, (batches + 1,)."""
+    full = np.cumsum(num_atoms, dtype=np.int64) // MAX_ATOMS
+    by_atoms = 1 + np.flatnonzero(np.diff(full))
+    return np.union1d(batch_bounds(len(num_atoms), batch_size), by_atoms)
 
 
 def evaluate(
@@ -112,7 +122,7 @@ def evaluate(
         parts = select_parts(dataset, data, seed, known)
         valid = [name or '""' for name, members in parts.items() if len(members)]
         indices = require_part(parts, part, "evaluate", f"choose {', '.join([*valid, ALL])}")
-        missing = 0 if data.fractions else int((~known & (dataset.split == part)).sum())
+        missing = 0 if data.fractions else int((~known[dataset.part(part)]).sum())
     if not len(indices):
         raise DataError(f"no crystal of the dataset has a {name}")
     device = next(model.parameters()).device

@@ -142,7 +142,7 @@ def finetune(
         config: the run.
         folder: the run folder.
         console: where progress goes.
-        start: checkpoint to take pretrained weights from; None starts from scratch.
+        start: replaces `config.start`, the checkpoint to take pretrained weights from.
         overwrite: replace the run that the folder may hold.
         resume: continue the run that the folder holds, bit for bit; see `run.open_run`.
         resume_from: step of the state to continue from; None takes the latest.
@@ -161,20 +161,13 @@ def finetune(
         NonFiniteLossError, RunStoppedError, RankError: see `loop.Fit.run`.
     """
     ranks = ranks or Ranks()
+    if start is not None:
+        config = config.model_copy(update={"start": Path(start)})
     device = start_torch(config)
     task, known = finetuning_task(config, device, ranks, console)
     model, parts = task.model, task.parts
-    origin = "from scratch"
-    continues = ranks.gather(resume and StateStore(folder).exists())[0]  # its weights are in the state
-    if start is not None and not continues:
-        with ranks.together():
-            state, start_meta = load_checkpoint(start)
-        check_fits_checkpoint(config, start_meta)
-        fresh, unused = transfer_weights(model, state)
-        origin = (
-            f"from {start} (newly initialised: {', '.join(fresh) or 'nothing'}; "
-            f"not used: {', '.join(unused) or 'nothing'})"
-        )
+    continues = ranks.gather(resume and StateStore(folder).exists())[0]
+    origin = "of the saved state" if continues else _transfer(model, config, ranks)
     step = _capturing(task, config) if config.capture else None
     with open_run(folder, config, console, ranks, overwrite, resume) as run:
         log = run.log
@@ -202,6 +195,8 @@ def finetune(
             ranks=ranks,
             store=run.store,
             checkpoint=config.checkpoint,
+            dataset=model.meta.dataset,
+            attached=[run.folder / BEST],
         )
         result = run.fit(fit, resume_from)
         with ranks.together():
@@ -247,7 +242,7 @@ def finetuning_task(
     )
     used = np.concatenate([parts[name] for name in PARTS if name in parts])
     edges = planned_edges(config, dataset, used, ranks, console)
-    source = graph_source(config, dataset, device, used)
+    source = graph_source(config, dataset, device, used, ranks)
     plan = BatchPlan(
         train,
         edges[train],
@@ -255,10 +250,24 @@ def finetuning_task(
         num_ranks=ranks.size,
         seed=config.seed,
         smallest=2,
-        budget=memory_budget(config, device, source.resident_bytes),
+        budget=memory_budget(config, device, ranks, source.resident_bytes),
         names=dataset.ids,
     )
     return FinetuneTask(model.to(device), source, plan, targets, parts, scaling, config, ranks), known
+
+
+def _transfer(model: MGT, config: FinetuneConfig, ranks: Ranks) -> str:
+    """Take over pretrained weights, if the run starts from any; say where the weights are from."""
+    if config.start is None:
+        return "from scratch"
+    with ranks.together():
+        state, meta = load_checkpoint(config.start)
+        check_fits_checkpoint(config, meta)
+        fresh, unused = transfer_weights(model, state)
+    return (
+        f"from {config.start} (newly initialised: {', '.join(fresh) or 'nothing'}; "
+        f"not used: {', '.join(unused) or 'nothing'})"
+    )
 
 
 def _capturing(task: FinetuneTask, config: FinetuneConfig) -> CapturedStep:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from ..checkpoint import CheckpointError
 from ..distributed import Ranks
+from ..durable import replace_file
 from ..profiling import span
 from .config import CheckpointConfig, EarlyStoppingConfig, OptimConfig
 from .interrupt import LIMIT, RunStoppedError, StopRequest
@@ -98,7 +101,9 @@ class Fit:
         training_step: how a step is computed; None computes it as it stands.
         ranks: of the run; None for a single one.
         store: where states are saved; None saves none.
-        checkpoint: when they are saved beside the end of each epoch.
+        checkpoint: when they are saved beside the beginning and the end of each epoch.
+        dataset: digest of the crystals that the run sees; a state of others is refused.
+        attached: files that belong to a state, and are put back when the run continues from it.
     """
 
     def __init__(
@@ -113,6 +118,8 @@ class Fit:
         ranks: Ranks | None = None,
         store: StateStore | None = None,
         checkpoint: CheckpointConfig | None = None,
+        dataset: str | None = None,
+        attached: Sequence[Path] = (),
     ):
         self.task, self.optim, self.log, self.save = task, optim, log, save
         self.ranks = ranks or Ranks()
@@ -120,6 +127,8 @@ class Fit:
             task, optim.weight_decay, optim.grad_clip, ranks=self.ranks, statistics=optim.statistics
         )
         self.store, self.checkpoint = store, checkpoint or CheckpointConfig()
+        self.dataset, self.attached = dataset, attached
+        self._stop = StopRequest()
         stopping = early_stopping or EarlyStoppingConfig()
         self.tracker = BestTracker(stopping.patience, stopping.min_delta)
         self.course = Course()
@@ -132,16 +141,37 @@ class Fit:
         """Take up the latest state, or that of a step; the first rank's log goes back to it.
 
         Raises:
-            CheckpointError: as `StateStore.load`; if the state belongs to another network.
+            CheckpointError: as `StateStore.load`; if the state belongs to another network or dataset.
         """
         with self.ranks.together():
             tensors, record = self.store.load(step)
+            if record["dataset"] != self.dataset:
+                raise CheckpointError(
+                    f"{self.store.folder}: the run saw a dataset whose manifest has SHA-256 "
+                    f"{record['dataset']}, and now it is {self.dataset}; put that one back, or start another"
+                )
             weights = {k.removeprefix(_MODEL): v for k, v in tensors.items() if k.startswith(_MODEL)}
-            self.task.model.load_state_dict(weights)
+            try:
+                self.task.model.load_state_dict(weights)
+            except RuntimeError as error:
+                raise CheckpointError(
+                    f"{self.store.folder}: the state is another network's: {error}"
+                ) from None
             unpack_optimizer(self.training_step.optimizer, tensors)
             self.course = Course(**record["course"])
             self.tracker.restore(record["tracker"])
             self.log.rewind(record["log"])
+            if self.ranks.is_main:
+                self._put_back(step)
+
+    def _put_back(self, step: int | None) -> None:
+        """Replace the files that belong to a state; the run may have left the course that wrote them."""
+        for path in self.attached:
+            data = self.store.attached(path.name, step)
+            if data is None:
+                path.unlink(missing_ok=True)
+            else:
+                replace_file(path, data)
 
     def run(self) -> FitResult:
         """Train until the last epoch, or until the monitored metric stops falling.
@@ -152,6 +182,9 @@ class Fit:
             RankError: if another rank fails.
         """
         course, epochs = self.course, self.optim.epochs
+        self._check_ranks()
+        if course.step == 0:
+            self._save_state()  # whatever happens next, the run can go on with these weights
         limit = LIMIT if self.ranks.size > 1 else None
         with self.log.progress() as progress, StopRequest(limit, self.ranks.name) as self._stop:
             bar = progress.add_task("training", total=self.total_steps, completed=course.step)
@@ -164,6 +197,17 @@ class Fit:
                 f"stopped early: {self.task.monitor} has not fallen for {self.tracker.patience} epochs"
             )
         return FitResult(epochs=course.epoch - 1, best_epoch=course.best_epoch, best=self.tracker.best)
+
+    def _check_ranks(self) -> None:
+        """Raise RankError unless all ranks begin at the same step with the same weights."""
+        if self.ranks.size == 1:
+            return
+        bits = {4: torch.int32, 8: torch.int64}
+        parameters = (parameter.detach().flatten() for parameter in self.task.model.parameters())
+        checksum = sum(
+            int(values.view(bits[values.itemsize]).sum(dtype=torch.int64)) for values in parameters
+        )
+        self.ranks.require_equal({"step": self.course.step, "checksum of weights": checksum}, "beginning")
 
     def _train_epoch(self, advance: Callable[[], None]) -> None:
         course = self.course
@@ -263,10 +307,10 @@ class Fit:
     def _refuse(self, batch: Batch, loss: float, norm: float, lr: float) -> None:
         names = [name for share in self.ranks.gather(batch.ids) for name in share]
         suspects = [name for share in self.ranks.gather(self.task.suspects(batch)) for name in share]
-        alone = f"not finite even alone: {', '.join(suspects)}; " if suspects else ""
+        alone = f"not finite even alone: {_listed(suspects)}; " if suspects else ""
         raise NonFiniteLossError(
             f"epoch {batch.epoch}, step {self.course.step + 1}: loss {loss}, gradient norm {norm} at "
-            f"learning rate {lr:.3g}; {alone}crystals of the batch: {', '.join(names)}. Check their cells "
+            f"learning rate {lr:.3g}; {alone}crystals of the batch: {_listed(names)}. Check their cells "
             "and targets; otherwise lower optim.lr or set optim.grad_clip"
         )
 
@@ -311,10 +355,17 @@ class Fit:
                     "tracker": self.tracker.state(),
                     "log": self.log.position(),
                     "ranks": self.ranks.size,
+                    "dataset": self.dataset,
                 }
                 tensors = weights | pack_optimizer(self.training_step.optimizer)
-                self.store.save(self.course.step, tensors, record)
+                self.store.save(self.course.step, tensors, record, self.attached)
         self._saved_at = time.monotonic()
+
+
+def _listed(names: list[str], most: int = 200) -> str:
+    """Join names, not more than a message can hold."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _numbers(result: StepResult) -> list[float]:

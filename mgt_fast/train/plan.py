@@ -8,7 +8,6 @@ same plan from the stored counts of edges, so they take the same path without as
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -86,6 +85,7 @@ class BatchPlan:
         smallest: of a batch; see `batch_bounds`.
         budget: None if memory does not matter.
         names: of the crystals, for messages; indexed by position in the dataset.
+        part: what the crystals are, for messages.
 
     Raises:
         MemoryBudgetError: if a crystal exceeds the budget by itself.
@@ -103,6 +103,7 @@ class BatchPlan:
         smallest: int = 1,
         budget: MemoryBudget | None = None,
         names: Sequence[str] | None = None,
+        part: str = "training part",
     ):
         self.crystals, self.edges = crystals, np.asarray(edges, np.int64)
         self.batch_size, self.num_ranks, self.seed = batch_size, num_ranks, seed
@@ -114,15 +115,16 @@ class BatchPlan:
         few = int(np.diff(bounds).min())
         if few < num_ranks:
             raise ValueError(
-                f"{len(crystals)} crystals in batches of at most {batch_size} make a batch of {few}, and "
-                f"{num_ranks} ranks need a crystal each; start fewer ranks or set a larger optim.batch_size"
+                f"the {part} has {len(crystals)} crystals; in batches of at most {batch_size} some batch has "
+                f"{few}, and {num_ranks} ranks need a crystal each; start fewer ranks"
             )
         if budget is not None and len(crystals):
             largest = int(np.argmax(self.edges))
-            if self.edges[largest] > budget.edges:
+            if self.edges[largest] > max(budget.edges, budget.recomputed_edges):
                 place = int(crystals[largest])
                 name = f"{names[place]!r}" if names is not None else f"at position {place}"
-                need = self.edges[largest] * budget.bytes_per_edge / 2**30
+                need = self.edges[largest] * min(budget.bytes_per_edge, budget.recomputed_bytes_per_edge)
+                need /= 2**30
                 raise MemoryBudgetError(
                     f"crystal {name} has {self.edges[largest]} edges, a step with it alone takes about "
                     f"{need:.3g} GiB and the budget is {budget.limit / 2**30:.3g} GiB; set a larger "
@@ -165,43 +167,94 @@ def split_batch(
     Returns:
         The chunks of each rank (see `Split`), and whether layers are to be computed again.
     """
-    shares = balance(edges, num_ranks)
-    largest = max(int(edges[share].sum()) for share in shares)
-    if budget is None or largest <= budget.edges:
-        return tuple((share,) for share in shares), False
-    if largest <= budget.recomputed_edges:
-        return tuple((share,) for share in shares), True
-    return tuple(_chunks(share, edges[share], budget.edges) for share in shares), False
+    part, loads = _assign(edges, num_ranks)
+    largest = int(loads.max())
+    if budget is not None and largest > max(budget.edges, budget.recomputed_edges):
+        # A crystal that fits only if its layers are computed again decides for all chunks.
+        recompute = int(edges.max()) > budget.edges
+        limit = budget.recomputed_edges if recompute else budget.edges
+        return _chunks(edges, num_ranks, limit), recompute
+    recompute = budget is not None and largest > budget.edges
+    return tuple((share,) for share in _members(part, num_ranks)), recompute
 
 
 def balance(costs: np.ndarray, parts: int) -> list[np.ndarray]:
-    """Divide items into so many parts of nearly equal cost: the dearest first, each to the cheapest part.
+    """Divide items into parts of nearly equal cost: the dearest first, each to the cheapest part.
+
+    Items of about equal cost are dealt at once, as if they cost alike. No part costs more than 4/3 of
+    the mean and two items; what real crystals' edges come to is within a few thousandths of dealing one by one.
+    Whole numbers and stable sorts alone decide, so that all machines divide alike.
 
     Args:
-        costs: of each item, (n,).
+        costs: of each item, (n,) whole numbers; none counts for less than 1.
         parts: how many; none stays empty if there are as many items.
 
     Returns:
         The items of each part, ascending.
 
-    Source: Graham 1969, longest processing time first; no part costs more than 4/3 of the best division's.
+    Source: Graham 1969, longest processing time first.
     """
-    if parts == 1:
-        return [np.arange(len(costs))]
-    loads = [(0, 0, part) for part in range(parts)]  # cost, number of items, part
-    members: list[list[int]] = [[] for _ in range(parts)]
-    for item in np.argsort(-np.asarray(costs), kind="stable").tolist():
-        load, count, part = heapq.heappop(loads)
-        members[part].append(item)
-        heapq.heappush(loads, (load + int(costs[item]), count + 1, part))
-    return [np.array(sorted(items), np.int64) for items in members]
+    return _members(_assign(costs, parts)[0], parts)
 
 
-def _chunks(places: np.ndarray, edges: np.ndarray, limit: int) -> tuple[np.ndarray, ...]:
-    """Divide a share into few chunks of at most `limit` edges; no crystal has more by itself."""
-    count = max(-(-int(edges.sum()) // limit), 1)
+def _assign(costs: np.ndarray, parts: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the part of each item, (n,), and what each part costs, (parts,); see `balance`."""
+    costs = np.maximum(np.asarray(costs, np.int64), 1)
+    order = _stable_order(costs.max(initial=1) - costs)
+    falling = costs[order]
+    dealt, loads = np.zeros(len(costs), np.int64), np.zeros(parts, np.int64)
+    start = 0
+    while parts > 1 and start < len(costs):
+        dearest = int(falling[start])
+        alike = int(np.searchsorted(-falling, -(dearest * 3 // 4), side="right"))
+        half = start + (len(costs) - start + 1) // 2  # the cheaper ones make up for what this deal leaves
+        stop = min(max(min(alike, half), start + parts), len(costs))
+        dealt[start:stop] = _cheapest(loads, dearest, stop - start)
+        np.add.at(loads, dealt[start:stop], falling[start:stop])
+        start = stop
+    part = np.empty_like(dealt)
+    part[order] = dealt
+    return part, loads if parts > 1 else falling.sum(keepdims=True)
+
+
+def _cheapest(loads: np.ndarray, cost: int, count: int) -> np.ndarray:
+    """Return to which parts so many items of one cost go, one after the other to the cheapest, (count,).
+
+    A part takes them at the heights load, load + cost, load + 2 cost ...: the lowest heights of all parts
+    are sought, and these lie below the level to which as much water would rise.
+    """
+    rising = np.sort(loads)
+    below = np.cumsum(rising)
+    volume = np.arange(1, len(loads) + 1) * rising - below  # of water up to each load
+    wet = int(np.searchsorted(volume, count * cost))
+    level = -(-(count * cost + below[wet - 1]) // wet)
+    room = np.maximum(-(-(level - loads) // cost), 0)
+    part = np.repeat(np.arange(len(loads)), room)
+    number = np.arange(len(part)) - np.repeat(np.cumsum(room) - room, room)
+    return part[np.argsort(loads[part] + number * cost, kind="stable")[:count]]
+
+
+def _members(part: np.ndarray, parts: int) -> list[np.ndarray]:
+    """Return the items of each part, ascending."""
+    bounds = np.cumsum(np.bincount(part, minlength=parts))[:-1]
+    return np.split(_stable_order(part), bounds)
+
+
+def _stable_order(keys: np.ndarray) -> np.ndarray:
+    """Sort small whole numbers: below 2^16 by radix, in a tenth of the time."""
+    return np.argsort(keys.astype(np.min_scalar_type(keys.max(initial=0))), kind="stable")
+
+
+def _chunks(edges: np.ndarray, num_ranks: int, limit: int) -> tuple[tuple[np.ndarray, ...], ...]:
+    """Divide a batch into few chunks of at most `limit` edges, and these among ranks.
+
+    No crystal has more edges by itself, and there are as many crystals as ranks.
+    """
+    count = max(-(-int(edges.sum()) // limit), num_ranks)
     while True:
-        chunks = balance(edges, count)
-        if max(int(edges[chunk].sum()) for chunk in chunks) <= limit:
-            return tuple(places[chunk] for chunk in chunks if len(chunk))
-        count += 1
+        part, loads = _assign(edges, count)
+        if np.bincount(part, edges).max() <= limit:
+            break
+        count += max(count // 16, 1)
+    chunks = _members(part, count)
+    return tuple(tuple(chunks[i] for i in share if len(chunks[i])) for share in balance(loads, num_ranks))

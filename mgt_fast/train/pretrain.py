@@ -88,12 +88,12 @@ class PretrainTask(GraphTask):
             embeddings = torch.stack((output.se3_proj, output.so3_proj)).float()
         return ChunkLoss(loss, figures, embeddings)
 
-    def joint_loss(self, embeddings: torch.Tensor) -> JointLoss:
+    def joint_loss(self, embeddings: torch.Tensor, ranks: Ranks) -> JointLoss:
         """Contrast the two views of the crystals of a global batch, this rank's share of them with all."""
         settings = self.config.pretraining
         with span("loss"):
             loss, gradient = nt_xent_gradient(
-                *embeddings, settings.temperature, part=self.ranks.rank, parts=self.ranks.size
+                *embeddings, settings.temperature, part=ranks.rank, parts=ranks.size
             )
         weight = settings.contrastive_weight
         return JointLoss(weight * loss, weight * gradient, {"contrastive": loss})
@@ -160,7 +160,15 @@ def pretrain(
                 save_checkpoint(run.folder / name, task.model, meta)
 
         fit = Fit(
-            task, config.optim, run.log, save, ranks=ranks, store=run.store, checkpoint=config.checkpoint
+            task,
+            config.optim,
+            run.log,
+            save,
+            ranks=ranks,
+            store=run.store,
+            checkpoint=config.checkpoint,
+            dataset=digest,
+            attached=[run.folder / BEST],
         )
         result = run.fit(fit, resume_from)
         run.log.write_results(
@@ -186,15 +194,17 @@ def pretraining_task(
     train = np.sort(np.concatenate(list(chosen.values())))
     require_two(dataset, train)
     edges = planned_edges(config, dataset, np.concatenate((train, held_out)), ranks, console)
-    source = graph_source(config, dataset, device, np.concatenate((train, held_out)))
+    source = graph_source(config, dataset, device, np.concatenate((train, held_out)), ranks)
     common = {
         "batch_size": config.optim.batch_size,
         "num_ranks": ranks.size,
-        "budget": memory_budget(config, device, source.resident_bytes),
+        "budget": memory_budget(config, device, ranks, source.resident_bytes),
         "names": dataset.ids,
     }
     plan = BatchPlan(train, edges[train], seed=config.seed, smallest=2, **common)
-    unshuffled = BatchPlan(held_out, edges[held_out], **common)
+    unshuffled = BatchPlan(
+        held_out, edges[held_out], part=f"held-out part {config.data.held_out!r}", **common
+    )
     model = MGT(config.model, backend=config.backend).to(device)
     task = PretrainTask(model, source, plan, unshuffled, config, ranks)
     return task, {name: len(part) for name, part in chosen.items()}

@@ -12,7 +12,7 @@ from rich.console import Console
 from ..distributed import Ranks
 from .config import RunConfig
 from .loop import Fit, FitResult
-from .runlog import CONFIG, NullLog, RunLog
+from .runlog import CONFIG, NullLog, RunLog, decisive_settings
 from .runstate import StateStore
 
 
@@ -62,9 +62,11 @@ def open_run(
 
     Raises:
         FileExistsError, FolderLockedError, ConfigError: as `RunLog`.
-        RankError: on ranks other than the first, if it could not open the folder.
+        RankError: on ranks other than the first, if it could not open the folder; if ranks have different
+            configurations.
     """
     folder = Path(folder)
+    ranks.require_equal(decisive_settings(config), "configuration")
     store = StateStore(folder, config.checkpoint.keep)
     log: NullLog = NullLog(folder, console)
     held = resume and (folder / CONFIG).is_file()

@@ -36,6 +36,7 @@ _REASONS = {
     "backend": "backends round differently",
     "precision": "it decides how products are rounded",
     "seed": "the order of the crystals and the noise follow from it",
+    "start": "the weights that the run began with",
 }
 
 
@@ -284,12 +285,10 @@ def _check_resumable(folder: Path, config: RunConfig) -> None:
     file = folder / CONFIG
     if not file.is_file():
         raise ConfigError(f"{folder} holds no run to resume: it has no {CONFIG}")
-    stored = _flat(load_config(type(config), file).model_dump(mode="json"))
-    given = _flat(config.model_dump(mode="json"))
+    stored, given = (decisive_settings(some) for some in (load_config(type(config), file), config))
     faults = []
     for key in sorted(stored.keys() | given.keys()):
-        free = any(key == name or key.startswith(f"{name}.") for name in FREE_KEYS)
-        if not free and stored.get(key) != given.get(key):
+        if stored.get(key) != given.get(key):
             reason = f" ({_REASONS[key]})" if key in _REASONS else ""
             faults.append(f"{key} = {given.get(key)!r}, the run has {stored.get(key)!r}{reason}")
     if faults:
@@ -297,6 +296,15 @@ def _check_resumable(folder: Path, config: RunConfig) -> None:
             f"{folder} cannot be resumed with other settings: {'; '.join(faults)}. Resume it with its own "
             f"(--config {file}), or start another run in another folder"
         )
+
+
+def decisive_settings(config: RunConfig) -> dict[str, Any]:
+    """Return the settings that decide what a run computes, by dotted key: all but `FREE_KEYS`."""
+    return {
+        key: value
+        for key, value in _flat(config.model_dump(mode="json")).items()
+        if not any(key == name or key.startswith(f"{name}.") for name in FREE_KEYS)
+    }
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

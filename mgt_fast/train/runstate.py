@@ -18,7 +18,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -70,7 +70,13 @@ class StateStore:
         """Return the steps of which there are states, in rising order."""
         return sorted({step_of(name) for name in self._names()})
 
-    def save(self, step: int, tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any]) -> Path:
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, torch.Tensor],
+        record: Mapping[str, Any],
+        attached: Sequence[Path] = (),
+    ) -> Path:
         """Write a state, make it the latest and remove those that are not kept.
 
         States of later steps are removed as well: they belong to a course of the run that it left when it
@@ -80,6 +86,8 @@ class StateStore:
             step: optimiser steps taken so far.
             tensors: by name, of any device; no two may share memory.
             record: what else is needed, in JSON's types; floats come back exactly.
+            attached: files to keep as they are now, where they exist; they are never changed in place, only
+                replaced, so a hard link keeps them.
 
         Returns:
             The state's folder.
@@ -93,7 +101,7 @@ class StateStore:
         name = self._free_name(step)
         final = self.folder / name
         with explained(f"run state {final}", self.folder, len(data) + len(text), self._situation):
-            self._write(name, data, text)
+            self._write(name, data, text, attached)
             older = [other for other in self._newest_first() if step_of(other) < step]
             kept = {name, *older[: self.keep - 1]}
             self._remove([other for other in self._names() if other not in kept])
@@ -117,6 +125,11 @@ class StateStore:
             return self._read(name)
         except CheckpointError as error:
             raise CheckpointError(f"{error}; {self._whole_others(name)}") from None
+
+    def attached(self, name: str, step: int | None = None) -> bytes | None:
+        """Return a file that was attached to a state, or None; see `load` for the step."""
+        file = self.folder / self._name_of(step) / name
+        return file.read_bytes() if file.is_file() else None
 
     def clear(self) -> None:
         """Remove all states, and the folder if nothing else is in it."""
@@ -146,7 +159,7 @@ class StateStore:
         free = [name for name in names if not (self.folder / name).exists()]
         return next(iter(free), names[names[0] == self._trusted()])
 
-    def _write(self, name: str, data: bytes, text: bytes) -> None:
+    def _write(self, name: str, data: bytes, text: bytes, attached: Sequence[Path]) -> None:
         """Write a state and point to it, or leave no trace of it."""
         temporary, final = self.folder / f".{name}{TEMPORARY}", self.folder / name
         self._make_folder()
@@ -155,6 +168,9 @@ class StateStore:
             temporary.mkdir()
             write_synced(temporary / TENSORS, data)
             write_synced(temporary / STATE, text)
+            for path in attached:
+                if path.exists():
+                    _link(path, temporary / path.name)
             sync_folder(temporary)
             os.rename(temporary, final)
             sync_folder(self.folder)
@@ -246,6 +262,14 @@ class StateStore:
         if pointed is None:
             return "there was no earlier state"
         return f"{pointed} is whole: make room and continue from it with --resume"
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give a file a second name, or copy it where the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        write_synced(target, source.read_bytes())
 
 
 def step_of(name: str) -> int:

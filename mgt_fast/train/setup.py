@@ -53,6 +53,7 @@ def open_dataset(path: Path | None, ranks: Ranks) -> CrystalDataset:
     verifies = int(os.environ.get("LOCAL_RANK", ranks.rank)) == 0
     with ranks.together():
         dataset = CrystalDataset.open(path, verify=verifies)
+    ranks.require_equal({"manifest's SHA-256": manifest_digest(dataset)}, "dataset")
     return dataset
 
 
@@ -71,15 +72,17 @@ def planned_edges(
     return edges
 
 
-def memory_budget(config: RunConfig, device: torch.device, resident: int = 0) -> MemoryBudget:
+def memory_budget(config: RunConfig, device: torch.device, ranks: Ranks, resident: int = 0) -> MemoryBudget:
     """Return what a training step may take on a rank, and what an edge takes (see `mgt_fast.memory`).
 
     Args:
         config: of the run.
         device: that it computes on.
+        ranks: of the run; what the smallest of their machines has counts for all, so that all plan alike.
         resident: bytes of crystals that live there.
     """
     limit = config.memory_gib * 2**30 if config.memory_gib else memory_limit(device) - resident
+    limit = min(ranks.gather(limit))
     backend = resolve_backend(config.backend, device)
     whole, recomputed = (
         bytes_per_edge(
@@ -95,7 +98,11 @@ def memory_budget(config: RunConfig, device: torch.device, resident: int = 0) ->
 
 
 def graph_source(
-    config: RunConfig, dataset: CrystalDataset, device: torch.device, indices: np.ndarray
+    config: RunConfig,
+    dataset: CrystalDataset,
+    device: torch.device,
+    indices: np.ndarray,
+    ranks: Ranks,
 ) -> GraphSource:
     """Return what builds the graphs of the crystals `indices`, from device memory if they are to be there.
 
@@ -113,6 +120,7 @@ def graph_source(
     wanted = data.resident
     if wanted is None:
         wanted = possible and ResidentCrystals.fits(dataset, device, indices)
+    wanted = all(ranks.gather(wanted))  # memory is planned for all ranks alike
     return replace(source, resident=ResidentCrystals(dataset, device, indices)) if wanted else source
 
 

@@ -102,8 +102,8 @@ class StepTask(Protocol):
     def forward(self, batch: Batch, chunk: Chunk) -> ChunkLoss:
         """Compute what a chunk adds to the loss of its batch."""
 
-    def joint_loss(self, embeddings: torch.Tensor) -> JointLoss:
-        """Compute this rank's share of what compares a batch's crystals by their embeddings, (2, B, C)."""
+    def joint_loss(self, embeddings: torch.Tensor, ranks: Ranks) -> JointLoss:
+        """Compute a rank's share of what compares a batch's crystals by their embeddings, (2, B, C)."""
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,7 @@ def _joint(
     own = torch.cat([one.detach() for one in embeddings], dim=1)
     everywhere = own.new_zeros(2, batch.size, own.shape[2])
     everywhere[:, torch.cat([chunk.places for chunk in batch.chunks])] = own
-    joint = task.joint_loss(ranks.sum_(everywhere))  # each row is nonzero on one rank alone
+    joint = task.joint_loss(ranks.sum_(everywhere), ranks)  # each row is nonzero on one rank alone
     return replace(joint, gradient=ranks.sum_(joint.gradient))
 
 

@@ -9,10 +9,12 @@ import pytest
 import torch
 from rich.console import Console
 
+from mgt_fast.checkpoint import CheckpointError
+from mgt_fast.durable import replace_file
 from mgt_fast.train.config import CheckpointConfig, EarlyStoppingConfig, FinetuneConfig, OptimConfig
 from mgt_fast.train.interrupt import RunStoppedError
 from mgt_fast.train.loop import Fit, NonFiniteLossError
-from mgt_fast.train.runlog import METRICS, STEPS, RunLog, read_metrics, read_steps
+from mgt_fast.train.runlog import METRICS, STEPS, NullLog, RunLog, read_metrics, read_steps
 from mgt_fast.train.runstate import StateStore
 from mgt_fast.train.schedule import warmup_cosine
 from mgt_fast.train.step import Batch, Chunk, ChunkLoss
@@ -142,7 +144,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("last_step", range(12))
 def test_a_run_continues_from_every_step(tmp_path, last_step):
-    """Killed after each step in turn, with states saved every second step: the same weights, steps, metrics."""
+    """Killed after each step in turn, with states saved every third: the same weights, steps, metrics."""
 
     class Mortal(LineTask):
         def forward(self, batch, chunk):
@@ -174,6 +176,41 @@ def test_a_run_continues_from_every_step(tmp_path, last_step):
     (tmp_path / "LineTask.old").rename(tmp_path / "LineTask")
     assert run(resumed, resume=True) == expected
     assert len(resumed.seen) < 12 or last_step < 2
+
+
+def test_the_best_checkpoint_goes_back_with_the_state(tmp_path):
+    """A run that goes on from an earlier state forgets the best epoch of the course that it leaves."""
+    best, store = tmp_path / "best", StateStore(tmp_path, keep=9)
+
+    def run(task, resume_from=None):
+        def save(epoch, metrics, improved):
+            if improved:
+                replace_file(best, str(epoch).encode())
+
+        log = NullLog(tmp_path, Console(quiet=True))
+        fit = Fit(task, OPTIM, log, save, store=store, attached=[best], dataset="a")
+        if resume_from is not None:
+            fit.resume(resume_from)
+        result = fit.run()
+        return result.best_epoch, int(best.read_text())
+
+    assert run(LineTask(val=[3.0, 5.0, 5.0, 1.0, 5.0, 5.0])) == (4, 4)
+    assert run(LineTask(val=[4.0, 4.0, 4.0]), resume_from=6) == (1, 1)  # after epoch 3
+    assert run(LineTask(val=[4.0, 3.0, 2.0, 2.5, 2.5, 2.5]), resume_from=0) == (3, 3)
+
+
+def test_a_state_of_another_dataset_or_network_is_refused(tmp_path):
+    def made(task, dataset):
+        log = NullLog(tmp_path, Console(quiet=True))
+        return Fit(task, OPTIM, log, lambda *_: None, store=StateStore(tmp_path), dataset=dataset)
+
+    made(LineTask(), "a").run()
+    with pytest.raises(CheckpointError, match=r"dataset whose manifest has SHA-256 a, .* b; put that"):
+        made(LineTask(), "b").resume()
+    other = LineTask()
+    other.model = torch.nn.Linear(2, 1, bias=False)
+    with pytest.raises(CheckpointError, match=r"is another network's.*"):
+        made(other, "a").resume()
 
 
 def test_a_signal_saves_and_stops(tmp_path):

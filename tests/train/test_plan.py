@@ -86,13 +86,21 @@ def test_no_chunk_exceeds_the_budget_even_if_items_pack_badly():
 
 def test_a_crystal_over_the_budget_is_named():
     names = {5000 + int(EDGES.argmax()): "quartz"}
-    budget = MemoryBudget(1000 * 2.0**20, 2.0**20, 2.0**19)
+    budget = MemoryBudget(1000 * 2.0**20, 2.0**21, 2.0**20)
     with pytest.raises(MemoryBudgetError, match=r"crystal 'quartz' has \d+ edges.* 0\.977 GiB; set a"):
         plan(budget=budget, names=names)
 
 
+def test_a_crystal_that_fits_only_recomputed_is_recomputed():
+    budget = MemoryBudget(limit=100, bytes_per_edge=1, recomputed_bytes_per_edge=0.5)
+    shares, recompute = split_batch(np.array([150, 20, 60, 60]), 1, budget)
+    assert recompute
+    assert sorted(len(chunk) for chunk in shares[0]) == [1, 3] or len(shares[0]) == 2
+    BatchPlan(np.arange(4), np.array([150, 20, 60, 60]), 4, budget=budget)
+
+
 def test_every_rank_needs_a_crystal():
-    with pytest.raises(ValueError, match="make a batch of 62, and 63 ranks need a crystal each; start fewer"):
+    with pytest.raises(ValueError, match="some batch has 62, and 63 ranks need a crystal each; start fewer"):
         plan(num_ranks=63)
 
 

@@ -160,7 +160,8 @@ def test_free_settings_exist():
     from mgt_fast.train.config import _known_keys
     from mgt_fast.train.runlog import _REASONS, FREE_KEYS
 
-    assert {*FREE_KEYS, *_REASONS} <= {*_known_keys(PretrainConfig), "checkpoint"}
+    known = {*_known_keys(PretrainConfig), *_known_keys(FinetuneConfig), "checkpoint"}
+    assert {*FREE_KEYS, *_REASONS} <= known
     assert not set(FREE_KEYS) & _REASONS.keys()
 
 
