@@ -182,8 +182,8 @@ def balance(costs: np.ndarray, parts: int) -> list[np.ndarray]:
     """Divide items into parts of nearly equal cost: the dearest first, each to the cheapest part.
 
     Items of about equal cost are dealt at once, as if they cost alike. No part costs more than 4/3 of
-    the mean and two items; what real crystals' edges come to is within a few thousandths of dealing one by one.
-    Whole numbers and stable sorts alone decide, so that all machines divide alike.
+    the mean and two items; real crystals come within a few thousandths of dealing them one by one. Whole
+    numbers and stable sorts alone decide, so that all machines divide alike.
 
     Args:
         costs: of each item, (n,) whole numbers; none counts for less than 1.
