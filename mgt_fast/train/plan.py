@@ -202,11 +202,12 @@ def _assign(costs: np.ndarray, parts: int) -> tuple[np.ndarray, np.ndarray]:
     costs = np.maximum(np.asarray(costs, np.int64), 1)
     order = _stable_order(costs.max(initial=1) - costs)
     falling = costs[order]
+    rising = -falling
     dealt, loads = np.zeros(len(costs), np.int64), np.zeros(parts, np.int64)
     start = 0
     while parts > 1 and start < len(costs):
         dearest = int(falling[start])
-        alike = int(np.searchsorted(-falling, -(dearest * 3 // 4), side="right"))
+        alike = int(np.searchsorted(rising, -(dearest * 3 // 4), side="right"))
         half = start + (len(costs) - start + 1) // 2  # the cheaper ones make up for what this deal leaves
         stop = min(max(min(alike, half), start + parts), len(costs))
         dealt[start:stop] = _cheapest(loads, dearest, stop - start)
@@ -253,7 +254,7 @@ def _chunks(edges: np.ndarray, num_ranks: int, limit: int) -> tuple[tuple[np.nda
     count = max(-(-int(edges.sum()) // limit), num_ranks)
     while True:
         part, loads = _assign(edges, count)
-        if np.bincount(part, edges).max() <= limit:
+        if loads.max() <= limit:
             break
         count += max(count // 16, 1)
     chunks = _members(part, count)

@@ -1,6 +1,11 @@
+import heapq
+import time
+
 import numpy as np
 import pytest
 
+from mgt_fast.data import CrystalDataset
+from mgt_fast.data.counts import edge_counts
 from mgt_fast.train.plan import BatchPlan, MemoryBudget, MemoryBudgetError, balance, batch_bounds, split_batch
 
 EDGES = np.random.default_rng(0).integers(20, 2000, 1000)
@@ -114,3 +119,85 @@ def test_balance(parts):
     assert max(loads) <= max(4 / 3 * costs.sum() / parts, costs.max())
     free = balance(np.zeros(6, int), 3)  # crystals without edges are spread as well
     assert [len(part) for part in free] == [2, 2, 2]
+
+
+@pytest.fixture(scope="module")
+def real_edges():
+    return edge_counts(CrystalDataset.open(), 25)
+
+
+def dealt_one_by_one(costs, parts):
+    """Largest load of Graham's rule, each item to the cheapest part."""
+    loads = [0] * parts
+    for cost in sorted(costs.tolist(), reverse=True):
+        heapq.heapreplace(loads, loads[0] + cost)
+    return max(loads)
+
+
+def divided(costs, parts):
+    """Loads of a division that has every item once."""
+    members = balance(costs, parts)
+    assert len(members) == parts
+    assert np.array_equal(np.sort(np.concatenate(members)), np.arange(len(costs)))
+    assert all((np.diff(part) > 0).all() for part in members)
+    assert all(len(part) for part in members) or len(costs) < parts
+    return np.array([costs[part].sum() for part in members])
+
+
+@pytest.mark.parametrize(
+    ("size", "parts"), [(64, 2), (64, 8), (1024, 8), (1024, 128), (4096, 1000), (65536, 8)]
+)
+def test_real_crystals_are_divided_as_well_as_one_by_one(real_edges, size, parts):
+    for seed in range(3):
+        costs = np.random.default_rng(seed).choice(real_edges, size)
+        assert divided(costs, parts).max() <= 1.02 * dealt_one_by_one(costs, parts)
+
+
+@pytest.mark.parametrize("parts", [2, 3, 8, 100, 999, 1500])
+@pytest.mark.parametrize("size", [1, 7, 1000, 2999])
+def test_bound_of_balance(size, parts):
+    random = np.random.default_rng(size)
+    cases = (
+        random.integers(0, 4000, size),
+        (20 * random.pareto(0.8, size)).astype(np.int64),
+        np.where(np.arange(size) == size // 2, 10**6, 1),
+        np.where(np.arange(size) < parts - 1, 10**6, 1),
+        10**6 // (1 + np.arange(size)),
+        2 ** (np.arange(size) % 31),
+        np.zeros(size, np.int64),
+    )
+    for costs in cases:
+        assert divided(costs, parts).max() <= 4 / 3 * np.maximum(costs, 1).sum() / parts + 2 * costs.max() + 1
+
+
+def test_a_large_batch_is_planned_at_once(real_edges):
+    costs = np.random.default_rng(0).choice(real_edges, 65536)
+    budget = MemoryBudget(limit=max(costs.sum() / 24, 4008), bytes_per_edge=1, recomputed_bytes_per_edge=1)
+
+    def fastest(plan):
+        times = []
+        for _ in range(7):
+            start = time.perf_counter()
+            plan()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    one_by_one = fastest(lambda: dealt_one_by_one(costs, 1000))
+    assert fastest(lambda: split_batch(costs, 8, None)) < one_by_one / 3
+    assert fastest(lambda: split_batch(costs, 1000, None)) < one_by_one
+    assert fastest(lambda: split_batch(costs, 8, budget)) < one_by_one
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3, 8])
+def test_chunks_are_few_and_every_rank_has_one(real_edges, num_ranks):
+    edges = np.random.default_rng(1).choice(real_edges, 500)
+    packing_badly = np.full(200, 51)
+    for costs, limit, most in ((edges, 5000, edges.sum() / 5000 * 1.1 + 1), (packing_badly, 100, 212)):
+        shares, _ = split_batch(costs, num_ranks, MemoryBudget(limit, 1, 1))
+        assert all(share for share in shares)
+        assert all(len(chunk) and costs[chunk].sum() <= limit for share in shares for chunk in share)
+        chunks = [chunk for share in shares for chunk in share]
+        assert len(chunks) <= most
+        assert np.array_equal(np.sort(np.concatenate(chunks)), np.arange(len(costs)))
+        loads = [sum(costs[chunk].sum() for chunk in share) for share in shares]
+        assert max(loads) - min(loads) <= limit
