@@ -2,7 +2,8 @@
 
 What a crystal is given (noise, dropout) then depends on the crystal, the step and the seed alone: not on what
 came before, nor on the crystals beside it, nor on the process that works on it. Keys and numbers are those
-of SplitMix64, in signed arithmetic that wraps, so that a CPU and a GPU draw the same bits.
+of SplitMix64, in signed arithmetic that wraps, so that a CPU and a GPU draw the same words and the same
+`uniform` numbers, bit for bit; `normal` numbers differ between them by the rounding of log and cos.
 
 Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
 """

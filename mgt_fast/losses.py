@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +15,9 @@ from .kernels.random import fork_keys, normal
 from .kernels.segments import segment_mean
 from .layers import GraphIndex
 from .outputs import EdgeNoise, MGTOutput
+
+SIMILARITIES = 2**26
+"""Similarities of embeddings that are in memory at once where the contrast is computed in blocks."""
 
 NOISE = 0
 """Purpose of the random numbers that become noise; `model.Dropout` has others."""
@@ -64,36 +68,52 @@ def nt_xent(z_a: torch.Tensor, z_b: torch.Tensor, temperature: float = 1.0) -> t
     return _sum_over_anchors(unit, 0, unit.shape[0], temperature) / unit.shape[0]
 
 
+def nt_xent_part(
+    z_a: torch.Tensor, z_b: torch.Tensor, temperature: float = 1.0, *, part: int = 0, parts: int = 1
+) -> torch.Tensor:
+    """Return what one of so many parts of the anchors adds to `nt_xent`, a scalar without gradient.
+
+    Memory is bounded as in `nt_xent_gradient`.
+    """
+    with torch.no_grad():
+        unit = _unit_rows(z_a, z_b)
+        loss = unit.new_zeros(())
+        for start, stop in _blocks_of_anchors(unit.shape[0], part, parts):
+            loss += _sum_over_anchors(unit, start, stop, temperature) / unit.shape[0]
+        return loss
+
+
 def nt_xent_gradient(
-    z_a: torch.Tensor,
-    z_b: torch.Tensor,
-    temperature: float = 1.0,
-    *,
-    part: int = 0,
-    parts: int = 1,
-    anchors: int = 8192,
+    z_a: torch.Tensor, z_b: torch.Tensor, temperature: float = 1.0, *, part: int = 0, parts: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return `nt_xent` and its gradient with respect to both embeddings, (2, B, C), or a part of either.
+
+    Blocks of at most `SIMILARITIES` similarities are worked on one after the other, so that about four such
+    arrays are in memory, 1 GiB in float32, however large the batch.
 
     Args:
         z_a, z_b, temperature: see `nt_xent`.
         part, parts: the anchors that are summed over are one of so many parts; the parts' losses and
             gradients add up to the whole.
-        anchors: at a time, of which each has 2B similarities in memory.
     """
     with torch.enable_grad():
         z = torch.stack((z_a.detach(), z_b.detach())).requires_grad_()
         unit = _unit_rows(*z)
         leaf = unit.detach().requires_grad_()
-        num_anchors = leaf.shape[0]
         loss, gradient = leaf.new_zeros(()), torch.zeros_like(leaf)
-        first, last = (num_anchors * edge // parts for edge in (part, part + 1))
-        for start in range(first, last, anchors):
-            stop = min(start + anchors, last)
-            some = _sum_over_anchors(leaf, start, stop, temperature) / num_anchors
+        for start, stop in _blocks_of_anchors(leaf.shape[0], part, parts):
+            some = _sum_over_anchors(leaf, start, stop, temperature) / leaf.shape[0]
             loss += some.detach()
             gradient += torch.autograd.grad(some, leaf)[0]
         return loss, torch.autograd.grad(unit, z, gradient)[0]
+
+
+def _blocks_of_anchors(num_anchors: int, part: int, parts: int) -> Iterator[tuple[int, int]]:
+    """Yield first and last anchor of the blocks of a part; each anchor has `num_anchors` similarities."""
+    first, last = (num_anchors * edge // parts for edge in (part, part + 1))
+    size = max(SIMILARITIES // num_anchors, 1)
+    for start in range(first, last, size):
+        yield start, min(start + size, last)
 
 
 def _unit_rows(z_a: torch.Tensor, z_b: torch.Tensor) -> torch.Tensor:
@@ -133,7 +153,7 @@ def denoising_losses(
     Over the parts of a batch they add up to those of the batch.
 
     Args:
-        output: of a network with task "pretrain".
+        output: of a network with task "pretrain"; its index, where it has one, saves sorting the edges again.
         graph: the crystals.
         noise: what was added to them.
         denoising: "crystal": squared error of the crystal's mean noise, summed over the crystals (published);
@@ -151,7 +171,7 @@ def denoising_losses(
         raise ValueError(f"denoising = {denoising!r}; choose crystal or edge")
     if graph.num_real is not None:
         raise ValueError("the pretraining losses take no padded graph; give the graph it was made from")
-    index = GraphIndex(graph)
+    index = output.index or GraphIndex(graph)
 
     def denoise(predicted: torch.Tensor | None, added: torch.Tensor) -> torch.Tensor | None:
         if predicted is None:

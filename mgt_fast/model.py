@@ -331,7 +331,7 @@ class MGT(nn.Module):
                 head = self.so3_edge_layer
                 noisy = graph.edge_vec if noise is None else graph.edge_vec + noise.vector
                 out["so3_noise"] = head(so3, index, noisy) if per_edge else head(out["so3_proj"])
-            return MGTOutput(**out)
+            return MGTOutput(**out, index=index)
 
         views = [out[name] for name in ("se3_proj", "so3_proj") if name in out]
         if config.views == "both" and config.fusion == "router":

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from .layers import GraphIndex
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class MGTOutput:
         se3_proj, so3_proj: the same after the projection heads, (B, C).
         se3_noise: predicted cosine noise, (B, 3) or, per edge, (E, 3).
         so3_noise: predicted edge-vector noise, (B, 3) or, per edge, (E, 3), Å.
+        index: which rows of the graph belong together, for losses that average over them (pretraining).
     """
 
     prediction: torch.Tensor | None = None
@@ -41,3 +46,4 @@ class MGTOutput:
     so3_proj: torch.Tensor | None = None
     se3_noise: torch.Tensor | None = None
     so3_noise: torch.Tensor | None = None
+    index: GraphIndex | None = field(default=None, repr=False, compare=False)

@@ -1,9 +1,10 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from mgt_fast import CrystalBatch, build_graph
+from mgt_fast import MGT, CrystalBatch, MGTConfig, build_graph, losses
 from mgt_fast.data import CrystalDataset
 from mgt_fast.layers import GraphIndex
 from mgt_fast.losses import (
@@ -12,6 +13,7 @@ from mgt_fast.losses import (
     noise_per_crystal,
     nt_xent,
     nt_xent_gradient,
+    nt_xent_part,
     pretraining_loss,
 )
 from mgt_fast.outputs import EdgeNoise, MGTOutput
@@ -68,13 +70,15 @@ def test_noise_of_a_crystal_does_not_depend_on_its_batch():
     assert torch.equal(noise_of([3, 0, 7]), apart)
 
 
-@pytest.mark.parametrize("anchors", [3, 100])
-def test_gradient_of_nt_xent_in_blocks(anchors):
+@pytest.mark.parametrize("similarities", [1, 3 * 14, 2**26])
+def test_gradient_of_nt_xent_in_blocks(monkeypatch, similarities):
+    monkeypatch.setattr(losses, "SIMILARITIES", similarities)
     z = torch.randn(
         2, 7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True
     )
-    loss, gradient = nt_xent_gradient(*z, 0.5, anchors=anchors)
+    loss, gradient = nt_xent_gradient(*z, 0.5)
     expected = nt_xent(*z, 0.5)
+    torch.testing.assert_close(nt_xent_part(*z, 0.5), expected.detach())
     torch.testing.assert_close(loss, expected.detach())
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, z)[0])
 
@@ -106,9 +110,14 @@ def test_loss_parts(graph, denoising):
     assert float(found.total) == pytest.approx(2 * float(nt_xent(z, z)) + 5 * float(found.so3_denoising))
 
 
-def test_parts_of_nt_xent_add_up():
-    z = torch.randn(2, 7, 4, dtype=torch.float64)
-    parts = [nt_xent_gradient(*z, 0.5, part=part, parts=3, anchors=2) for part in range(3)]
+@pytest.mark.parametrize("count", [3, 20])
+def test_parts_of_nt_xent_add_up(monkeypatch, count):
+    monkeypatch.setattr(losses, "SIMILARITIES", 2 * 14)
+    z = torch.randn(2, 7, 4, dtype=torch.float64, requires_grad=True)
+    parts = [nt_xent_gradient(*z, 0.5, part=part, parts=count) for part in range(count)]
+    alone = [nt_xent_part(*z, 0.5, part=part, parts=count) for part in range(count)]
+    assert not any(loss.requires_grad for loss in alone)
+    torch.testing.assert_close(torch.stack(alone), torch.stack([loss for loss, _ in parts]))
     for found, expected in zip(map(sum, zip(*parts, strict=True)), nt_xent_gradient(*z, 0.5), strict=True):
         torch.testing.assert_close(found, expected)
 
@@ -117,7 +126,7 @@ def test_parts_of_nt_xent_add_up():
 def test_denoising_losses_of_parts_add_up(denoising):
     dataset = CrystalDataset.open()
 
-    def losses(places, num_edges):
+    def losses_of(places, num_edges):
         graph = build_graph(dataset.gather(places), 6)
         noise = draw_noise(graph, 0.05, torch.tensor(places))
         rows = len(places) if denoising == "crystal" else graph.num_edges
@@ -127,7 +136,7 @@ def test_denoising_losses_of_parts_add_up(denoising):
         )
 
     total = build_graph(dataset.gather([3, 0, 7]), 6).num_edges
-    torch.testing.assert_close(losses([3, 0], total) + losses([7], total), losses([3, 0, 7], None))
+    torch.testing.assert_close(losses_of([3, 0], total) + losses_of([7], total), losses_of([3, 0, 7], None))
 
 
 def test_heads_of_the_other_kind_are_refused(graph):
@@ -153,3 +162,24 @@ def test_narrow_embeddings_are_compared_in_float32():
     with torch.autocast("cpu", torch.bfloat16):
         narrow = nt_xent(a, b)
     assert torch.equal(narrow, nt_xent(a.float(), b.float()))
+
+
+@pytest.mark.parametrize("denoising", ["crystal", "edge"])
+def test_edges_are_sorted_by_target_once_a_step(graph, monkeypatch, denoising):
+    sorts, sort = [], torch.Tensor.sort
+
+    def counting(tensor, *args, **options):
+        sorts.append(tensor)
+        return sort(tensor, *args, **options)
+
+    monkeypatch.setattr(torch.Tensor, "sort", counting)
+    network = MGT(MGTConfig(task="pretrain", denoising=denoising, channels=16, num_blocks=1)).double()
+    noise = draw_noise(graph, 0.05, torch.arange(2))
+    assert sorts == []
+    output = network(graph, noise)
+    loss = pretraining_loss(output, graph, noise, denoising=denoising, noise_std=0.05)
+    loss.total.backward()
+    assert sum(torch.equal(values, graph.edge_index[1]) for values in sorts) == 1
+    assert "index" not in repr(output)
+    without = pretraining_loss(replace(output, index=None), graph, noise, denoising=denoising, noise_std=0.05)
+    assert torch.equal(loss.total, without.total)

@@ -138,7 +138,7 @@ def test_least_time_is_below_that_of_all_products(scaling):
 def test_products_of_the_contrast(scaling, rank):
     device = scaling.predicted_device(1.0)
     with FlopCounterMode(display=False) as counter:
-        nt_xent_gradient(*torch.randn(2, 40, scaling.PUBLISHED.channels), part=rank, parts=2, anchors=30)
+        nt_xent_gradient(*torch.randn(2, 40, scaling.PUBLISHED.channels), part=rank, parts=2)
     parts = scaling.step_parts(device, scaling.NETWORKS[0], 2, 20)
     assert parts["contrast"] * device.float32 == pytest.approx(counter.get_total_flops())
 
