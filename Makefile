@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 
-.PHONY: demo test aot bench bench-full bench-check bench-history lint format clean
+.PHONY: demo test reliability aot bench bench-full bench-check bench-history lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -13,6 +13,14 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+# Every fault of docs/reliability.md, as often as it says there; an hour or two.
+reliability: $(VENV)/installed
+	MGT_FAST_FAULTS=all $(BIN)/python -m pytest --durations=20 tests/train/test_resume.py \
+	    tests/train/test_lost_ranks.py tests/train/test_ranks.py tests/train/test_memory_budget.py \
+	    tests/train/test_interrupt.py tests/train/test_loop.py tests/train/test_runstate.py \
+	    tests/train/test_runlog.py tests/train/test_lock.py tests/test_checkpoint.py tests/test_durable.py \
+	    tests/test_hostile_files.py tests/data/test_hostile.py tests/data/test_shard_faults.py tests/fuzz
 
 # Every Triton kernel in every configuration, compiled for GPUs without one; minutes.
 aot: $(VENV)/installed
