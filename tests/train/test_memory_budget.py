@@ -200,7 +200,7 @@ def test_a_crystal_over_the_budget_is_named_before_training(network):
     command, config = settings(network, "global")
     plan = task_of(command, config, Ranks.alone()).feed.plan
     largest = int(plan.edges.argmax())
-    need = plan.edges[largest] * plan.budget.bytes_per_edge
+    need = plan.edges[largest] * plan.budget.recomputed_bytes_per_edge
     command, config = settings(network, "global", f"memory_gib={0.9 * need / 2**30}")
     with pytest.raises(MemoryBudgetError, match=r"crystal 'mp-\d+' has \d+ edges.*set a larger memory_gib"):
         task_of(command, config, Ranks.alone())
