@@ -33,7 +33,9 @@ are not measured: no GPU has run them yet.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
 import torch
 
@@ -131,9 +133,55 @@ def _edge_heads(config: MGTConfig, size: int, wide: int) -> list[_Layer]:
 def memory_limit(device: torch.device) -> float:
     """Return how many bytes of a device a process may plan with, unless it is told.
 
-    85 % of a GPU's memory; half of the machine's, divided by the processes that torchrun has started on it.
+    85 % of a GPU's memory: parameters, their gradients and the optimiser's state come out of the other 15 %,
+    with the CUDA context and what the allocator cannot use. On a CPU half of the machine's memory, or of what
+    the process's control groups grant if that is less, divided by the processes that torchrun has started.
     """
     if device.type == "cuda":
         return 0.85 * torch.cuda.get_device_properties(device).total_memory
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    machine = min([machine, *cgroup_limits()])
     return machine / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def cgroup_limits(process: Path = Path("/proc/self")) -> Iterator[int]:
+    """Yield the memory limits of a process's control group and all above it, versions 1 and 2, in bytes.
+
+    Containers and batch systems set them, anywhere on the way up; who exceeds one is killed. Nothing is
+    yielded where there are none, or no control groups.
+
+    Args:
+        process: its folder in /proc.
+
+    Source: cgroups(7), proc_pid_mountinfo(5).
+    """
+    try:
+        groups = (process / "cgroup").read_text().splitlines()
+        mounts = (process / "mountinfo").read_text().splitlines()
+    except OSError:  # no Linux, or hidden
+        return
+    paths = {}  # of the process's group, by kind of mount
+    for group in groups:
+        _, controllers, path = group.split(":", 2)
+        if not controllers:
+            paths["cgroup2"] = path
+        elif "memory" in controllers.split(","):
+            paths["cgroup"] = path
+    for mount in mounts:
+        place, _, source = mount.partition(" - ")
+        root, top = place.split()[3:5]
+        kind, *_, options = source.split()
+        if kind not in paths or (kind == "cgroup" and "memory" not in options.split(",")):
+            continue
+        path = PurePosixPath(paths[kind])
+        # A group that lies outside of what is mounted is seen from its mount's top alone.
+        below = path.relative_to(root).parts if path.is_relative_to(root) else ()
+        for depth in range(len(below) + 1):
+            folder = Path(top, *below[:depth])
+            for name in ("memory.max", "memory.limit_in_bytes"):
+                try:
+                    text = (folder / name).read_text().strip()
+                except OSError:
+                    continue
+                if text != "max":
+                    yield int(text)

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from mgt_fast import MGT, CrystalBatch, MGTConfig, build_graph
+from mgt_fast import MGT, CrystalBatch, MGTConfig, build_graph, memory
 from mgt_fast.losses import draw_noise
-from mgt_fast.memory import bytes_per_edge
+from mgt_fast.memory import bytes_per_edge, cgroup_limits, memory_limit
 
 ATOMS = 16
 
@@ -81,3 +81,73 @@ def test_computing_again_takes_less(backend):
         bytes_per_edge(config(num_blocks=8), backend, "float32", recompute) for recompute in (False, True)
     ]
     assert deep[1] < 0.4 * deep[0]
+
+
+def process(folder, groups, mounts, limits):
+    """A process's folder in /proc, and the files of its control groups."""
+    (folder / "cgroup").write_text("".join(f"{line}\n" for line in groups))
+    lines = [f"30 23 0:2{i} {line.format(folder)}\n" for i, line in enumerate(mounts)]
+    (folder / "mountinfo").write_text("22 1 0:20 / / rw - ext4 /dev/sda rw\n" + "".join(lines))
+    for name, text in limits.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"{text}\n")
+    return folder
+
+
+V1 = "{} {{0}}/memory rw,relatime shared:9 - cgroup cgroup rw,memory"
+V2 = "{} {{0}}/unified rw - cgroup2 cgroup2 rw,nsdelegate"
+
+
+@pytest.mark.parametrize(
+    ("groups", "mounts", "limits", "expected"),
+    [
+        (  # a batch job: the limit stands on the job, above the step
+            ["0::/slurm/job_7/step_0"],
+            [V2.format("/")],
+            {
+                "unified/slurm/job_7/memory.max": 3000,
+                "unified/slurm/job_7/step_0/memory.max": "max",
+                "unified/slurm/job_8/memory.max": 10,
+            },
+            [3000],
+        ),
+        (  # a container that sees its own group alone, under the name that its host has for it
+            ["5:cpu:/docker/a", "4:hugetlb,memory:/docker/a/b"],
+            [V1.format("/docker/a"), V1.format("/").replace("memory", "cpu")],
+            {"memory/memory.limit_in_bytes": 9000, "memory/b/memory.limit_in_bytes": 7000},
+            [9000, 7000],
+        ),
+        (  # a namespace of its own, entered from outside
+            ["0::/../../elsewhere"],
+            [V2.format("/")],
+            {"unified/memory.max": 500},
+            [500],
+        ),
+        (  # both versions; memory belongs to the first
+            ["4:memory:/x", "0::/"],
+            [V1.format("/"), V2.format("/")],
+            {"memory/x/memory.limit_in_bytes": 200, "memory/memory.limit_in_bytes": 2**63 - 4096},
+            [2**63 - 4096, 200],
+        ),
+        (["0::/"], [V2.format("/")], {}, []),
+    ],
+    ids=["job", "container", "outside", "both", "unlimited"],
+)
+def test_limits_of_control_groups_are_found(tmp_path, groups, mounts, limits, expected):
+    assert list(cgroup_limits(process(tmp_path, groups, mounts, limits))) == expected
+
+
+def test_a_system_without_control_groups_has_no_limits(tmp_path):
+    assert list(cgroup_limits(tmp_path)) == []
+
+
+def test_the_smallest_limit_is_shared_by_a_machine_s_ranks(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(memory, "cgroup_limits", lambda: iter(()))
+    whole = memory_limit(cpu)
+    assert whole > 2**20
+    monkeypatch.setattr(memory, "cgroup_limits", lambda: iter((2**63 - 4096, 4 * 2**20, 8 * 2**20)))
+    assert memory_limit(cpu) == 2 * 2**20
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert memory_limit(cpu) == 2**19

@@ -8,7 +8,8 @@ in the manifest. A file of its own, and no column of the shards, because
 - counts depend on a choice (max_neighbors), crystals do not: counts for another choice are another file, and
   the shards, their hashes and datasets of version 1 stay as they are.
 
-What is not stored, and graphs of `compat="comformer"`, are counted when asked for, on all cores.
+What is not stored, and graphs of `compat="comformer"`, are counted when asked for: on all cores, and where a
+run has several ranks, each crystal by one of them.
 
 A crystal may have no graph for some max_neighbors: a molecule without periodicity has no 25 neighbours if it
 has 25 atoms. It is stored nevertheless, since it has graphs for fewer. Its count is null in the file and 0
@@ -21,11 +22,14 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from ..distributed import Ranks
 from ..graph import SHELL_TOLERANCE, build_graph, neighbor_list
 from ..structures import CrystalBatch
 from .store import CrystalDataset
@@ -35,37 +39,74 @@ PLAIN_INTERVAL = 10.0  # seconds between progress lines where there is no termin
 
 
 def edge_counts(
-    dataset: CrystalDataset, max_neighbors: int, compat: str | None = None, console: Console | None = None
+    dataset: CrystalDataset,
+    max_neighbors: int,
+    compat: str | None = None,
+    console: Console | None = None,
+    *,
+    indices: np.ndarray | None = None,
+    ranks: Ranks | None = None,
 ) -> np.ndarray:
-    """Return how many edges `build_graph` finds in each crystal, (n,) int64; 0 where there is no graph.
+    """Return how many edges `build_graph` finds in each crystal, (n,) int32; 0 where there is no graph.
 
-    They are read from the dataset if it holds them, else counted.
+    They are read from the dataset if it holds them, not to be written to; else they are counted.
 
     Args:
         dataset: n crystals.
         max_neighbors, compat: of the graphs; see `build_graph`.
         console: where to show progress; nowhere when absent.
+        indices: positions of crystals, (k,) int64: others need not be counted and may be 0. None for all.
+        ranks: that divide the counting and all get the result; all must call this. None for a single one.
 
     Raises:
+        RankError: if another rank failed.
         ValueError: for wrong arguments, as `build_graph`.
     """
     if compat is None:
         stored = dataset.stored_edge_counts(max_neighbors, SHELL_TOLERANCE)
         if stored is not None:
-            return stored.astype(np.int64)
-    return count_edges(dataset, max_neighbors, compat, console)
+            return stored
+    ranks = ranks or Ranks.alone()
+    with ranks.together():
+        counts = count_edges(
+            dataset, max_neighbors, compat, console, indices=indices, share=(ranks.rank, ranks.size)
+        )
+    counts = ranks.sum_(torch.from_numpy(counts)).numpy()
+    if indices is None:
+        return counts
+    edges = np.zeros(len(dataset), np.int32)
+    edges[indices] = counts
+    return edges
 
 
 def count_edges(
-    dataset: CrystalDataset, max_neighbors: int, compat: str | None = None, console: Console | None = None
+    dataset: CrystalDataset,
+    max_neighbors: int,
+    compat: str | None = None,
+    console: Console | None = None,
+    *,
+    indices: np.ndarray | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> np.ndarray:
-    """Count what `edge_counts` returns, whatever is stored; on all cores, in pieces of bounded memory."""
+    """Count edges, whatever is stored; on all cores, in pieces of bounded memory.
+
+    Args:
+        dataset, max_neighbors, compat, console: as for `edge_counts`.
+        indices: positions of the crystals to count, (k,) int64; None for all.
+        share: (i, m) counts only the i-th of m shares, which have about as many atoms.
+
+    Returns:
+        Edges of each of these crystals, (k,) int32; 0 where there is no graph, and in other shares.
+    """
     _edges_of(_EMPTY, max_neighbors, compat)  # wrong arguments are no fault of the first crystal
-    counts = np.zeros(len(dataset), np.int64)
-    with _progress(console, len(dataset)) as advance:
-        for start, stop in _pieces(dataset.num_atoms):
-            _count_into(counts[start:stop], dataset, np.arange(start, stop), max_neighbors, compat)
-            advance(stop - start)
+    num_atoms = dataset.num_atoms if indices is None else dataset.num_atoms[indices]
+    counts = np.zeros(len(num_atoms), np.int32)
+    with _progress(console, len(counts)) as reached:
+        # Shares keep pace with one another, so that where one is, all are.
+        for start, stop in islice(_pieces(num_atoms), share[0], None, share[1]):
+            chosen = np.arange(start, stop) if indices is None else indices[start:stop]
+            _count_into(counts[start:stop], dataset, chosen, max_neighbors, compat)
+            reached(stop)
     return counts
 
 
@@ -98,11 +139,10 @@ _EMPTY = CrystalBatch.from_arrays([], np.empty((0, 3)), np.empty((0, 3, 3)), [])
 
 def _pieces(num_atoms: np.ndarray) -> Iterator[tuple[int, int]]:
     """Yield ranges of crystals with PIECE_ATOMS atoms at most, or of one crystal."""
-    ends = np.cumsum(num_atoms)
     start = 0
-    while start < len(ends):
-        before = ends[start - 1] if start else 0
-        stop = max(start + 1, int(np.searchsorted(ends, before + PIECE_ATOMS, side="right")))
+    while start < len(num_atoms):
+        ends = np.cumsum(num_atoms[start : start + PIECE_ATOMS])  # a crystal has an atom at least
+        stop = start + max(1, int(np.searchsorted(ends, PIECE_ATOMS, side="right")))
         yield start, stop
         start = stop
 
@@ -122,7 +162,7 @@ def _count_into(
 
 
 def _edges_of(crystals: CrystalBatch, max_neighbors: int, compat: str | None) -> np.ndarray:
-    threads = len(os.sched_getaffinity(0))
+    threads = max(len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
     if compat is None:
         row_ptr = neighbor_list(crystals, max_neighbors=max_neighbors, threads=threads).row_ptr
     else:
@@ -134,19 +174,18 @@ def _edges_of(crystals: CrystalBatch, max_neighbors: int, compat: str | None) ->
 def _progress(console: Console | None, total: int) -> Iterator[Callable[[int], None]]:
     """Show how many crystals are counted: a bar on a terminal, else a line now and then."""
     if console is None:
-        yield lambda done: None
+        yield lambda counted: None
     elif console.is_terminal:
         with Progress(console=console, transient=True) as progress:
             task = progress.add_task("counting edges", total=total)
-            yield lambda done: progress.advance(task, done)
+            yield lambda counted: progress.update(task, completed=counted)
     else:
-        counted, last = 0, time.monotonic()
+        last = time.monotonic()
 
-        def advance(done: int) -> None:
-            nonlocal counted, last
-            counted += done
+        def reached(counted: int) -> None:
+            nonlocal last
             if time.monotonic() - last >= PLAIN_INTERVAL:
                 console.print(f"edges counted of {counted} of {total} crystals")
                 last = time.monotonic()
 
-        yield advance
+        yield reached

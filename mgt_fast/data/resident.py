@@ -34,16 +34,16 @@ class ResidentCrystals:
     ):
         self.dataset = dataset
         self.device = torch.device(device)
-        self._members = None if indices is None else _members(indices)
-        chosen = np.arange(len(dataset)) if self._members is None else self._members
-        self._num_atoms = dataset.num_atoms[chosen]
-        atom_ptr = np.zeros(len(chosen) + 1, dtype=np.int64)
+        self._members = None if indices is None else _members(dataset, indices)
+        self._num_atoms = dataset.num_atoms if self._members is None else dataset.num_atoms[self._members]
+        n_crystals = len(self._num_atoms)
+        atom_ptr = np.zeros(n_crystals + 1, dtype=np.int64)
         np.cumsum(self._num_atoms, out=atom_ptr[1:])
 
         def empty(dtype: torch.dtype, *shape: int) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device=self.device)
 
-        n_crystals, n_atoms = len(chosen), int(atom_ptr[-1])
+        n_atoms = int(atom_ptr[-1])
         self._first_atom = torch.from_numpy(atom_ptr[:-1]).to(self.device)
         self._numbers = empty(torch.uint8, n_atoms)
         self._frac_coords = empty(torch.float64, n_atoms, 3)
@@ -51,7 +51,8 @@ class ResidentCrystals:
         self._pbc = empty(torch.bool, n_crystals, 3)
         for start in range(0, n_crystals, PIECE):
             stop = min(start + PIECE, n_crystals)
-            piece = dataset.gather(chosen[start:stop])
+            chosen = np.arange(start, stop) if self._members is None else self._members[start:stop]
+            piece = dataset.gather(chosen)
             atoms = slice(atom_ptr[start], atom_ptr[stop])
             self._numbers[atoms] = piece.numbers.to(torch.uint8).to(self.device)
             self._frac_coords[atoms] = piece.frac_coords.to(self.device)
@@ -64,7 +65,9 @@ class ResidentCrystals:
     @staticmethod
     def nbytes(dataset: CrystalDataset, indices: np.ndarray | None = None) -> int:
         """Return the bytes of device memory that the crystals of `indices`, or all, take."""
-        num_atoms = dataset.num_atoms if indices is None else dataset.num_atoms[_members(indices)]
+        num_atoms = dataset.num_atoms
+        if indices is not None:
+            num_atoms = num_atoms[_members(dataset, indices)]
         per_atom, per_crystal = 1 + 3 * 8, 8 + 9 * 8 + 3
         return per_atom * int(num_atoms.sum()) + per_crystal * len(num_atoms)
 
@@ -110,7 +113,7 @@ class ResidentCrystals:
         message = torch.empty(2 * n_crystals + 1, dtype=torch.int64, pin_memory=self.device.type == "cuda")
         message[:n_crystals] = torch.from_numpy(rows)
         message[n_crystals] = 0
-        message[n_crystals + 1 :] = torch.from_numpy(np.cumsum(num_atoms))
+        message[n_crystals + 1 :] = torch.from_numpy(np.cumsum(num_atoms, dtype=np.int64))
         message = message.to(self.device, non_blocking=True)
         row, batch_ptr = message[:n_crystals], message[n_crystals:].clone()
 
@@ -141,6 +144,18 @@ class ResidentCrystals:
         return rows
 
 
-def _members(indices: np.ndarray) -> np.ndarray:
-    """Return the crystals of `indices`, each once, in ascending order."""
-    return np.unique(whole_numbers(indices))
+def _members(dataset: CrystalDataset, indices: np.ndarray) -> np.ndarray:
+    """Return the crystals of `indices`, each once, in ascending order; a copy.
+
+    Raises:
+        IndexError: for a position outside the dataset.
+    """
+    indices = whole_numbers(indices)
+    if len(indices) and not 0 <= indices.min() <= indices.max() < len(dataset):
+        outside = indices[(indices < 0) | (indices >= len(dataset))]
+        raise IndexError(f"crystal {outside[0]} of a dataset of {len(dataset)}")
+    if np.all(indices[1:] > indices[:-1]):
+        return indices
+    held = np.zeros(len(dataset), bool)  # linear in time, where a sort is not
+    held[indices] = True
+    return np.flatnonzero(held)

@@ -105,7 +105,7 @@ class BatchPlan:
         names: Sequence[str] | None = None,
         part: str = "training part",
     ):
-        self.crystals, self.edges = crystals, np.asarray(edges, np.int64)
+        self.crystals, self.edges = crystals, np.asarray(edges)
         self.batch_size, self.num_ranks, self.seed = batch_size, num_ranks, seed
         self.smallest, self.budget = smallest, budget
         bounds = batch_bounds(len(crystals), batch_size, smallest)
@@ -136,7 +136,7 @@ class BatchPlan:
         places = np.arange(self._bounds[number], self._bounds[number + 1])
         if self.seed is not None:
             places = permuted(places, len(self.crystals), stream_key(self.seed, ORDER, epoch))
-        edges = self.edges[places]
+        edges = self.edges[places].astype(np.int64)
         shares, recompute = split_batch(edges, self.num_ranks, self.budget)
         return Split(epoch, number, self.crystals[places], edges, shares, recompute)
 

@@ -60,14 +60,17 @@ def open_dataset(path: Path | None, ranks: Ranks) -> CrystalDataset:
 def planned_edges(
     config: RunConfig, dataset: CrystalDataset, indices: np.ndarray, ranks: Ranks, console: Console | None
 ) -> np.ndarray:
-    """Return the number of edges of every crystal of a dataset, (n,), by which batches are planned.
+    """Return the number of edges of each crystal of a dataset, (n,) int32, by which batches are planned.
+
+    Those of crystals not among `indices`, (k,) int64, may be 0.
 
     Raises:
+        RankError: if another rank failed.
         ValueError: if one of the crystals `indices` has no graph.
     """
     kind = config.data.max_neighbors, config.data.compat
+    edges = edge_counts(dataset, *kind, console if ranks.is_main else None, indices=indices, ranks=ranks)
     with ranks.together():
-        edges = edge_counts(dataset, *kind, console if ranks.is_main else None)
         require_graphs(dataset, edges, indices, *kind)
     return edges
 

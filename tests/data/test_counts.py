@@ -3,12 +3,14 @@ import json
 
 import numpy as np
 import pytest
+from ranks import run_ranks
 from rich.console import Console
 from small_datasets import lattices, write
 
 from mgt_fast.data import CrystalDataset, DatasetError, counts, prepare
 from mgt_fast.data.counts import count_edges, edge_counts, require_graphs
 from mgt_fast.data.store import MANIFEST
+from mgt_fast.distributed import RankError, Ranks
 from mgt_fast.graph import SHELL_TOLERANCE, build_graph
 
 
@@ -28,8 +30,61 @@ def test_edges_are_counted(tmp_path, monkeypatch, crystals, compat, piece):
     monkeypatch.setattr(counts, "PIECE_ATOMS", piece)
     dataset = CrystalDataset.open(write(tmp_path / "d", crystals))
     found = edge_counts(dataset, 5, compat)
-    assert found.dtype == np.int64
+    assert found.dtype == np.int32
     assert found.tolist() == edges_one_by_one(dataset, 5, compat)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_shares_are_disjoint_and_add_up(tmp_path, monkeypatch, crystals, size):
+    monkeypatch.setattr(counts, "PIECE_ATOMS", 7)
+    dataset = CrystalDataset.open(write(tmp_path / "d", crystals))
+    chosen = np.array([1, 4, 5, 9, 12, 20, 22, 0, 2, 21])  # two parts, one after the other
+    shares = [count_edges(dataset, 5, indices=chosen, share=(i, size)) for i in range(size)]
+    assert (sum(share > 0 for share in shares) == 1).all()
+    assert all(share.any() for share in shares)
+    expected = np.zeros(23, np.int32)
+    expected[chosen] = sum(shares)
+    assert expected[chosen].tolist() == np.array(edges_one_by_one(dataset, 5))[chosen].tolist()
+    assert edge_counts(dataset, 5, indices=chosen).tolist() == expected.tolist()
+
+
+def count_on_rank(rank, folder, broken):
+    """Edges of some crystals, how many this rank counted itself, and what went wrong."""
+    dataset, counted, own = CrystalDataset.open(folder), [], counts._edges_of
+
+    def edges_of(crystals, *kind):
+        counted.extend(crystals.ids)
+        if len(crystals) and rank == broken:
+            raise OSError("the disk is gone")
+        return own(crystals, *kind)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(counts, "_edges_of", edges_of)
+        patch.setattr(counts, "PIECE_ATOMS", 7)
+        try:
+            found = edge_counts(dataset, 5, indices=np.arange(3, 23), ranks=Ranks())
+        except (OSError, RankError) as error:
+            return type(error).__name__, str(error)
+    return found.tolist(), counted
+
+
+def test_ranks_count_each_crystal_once(tmp_path, crystals):
+    folder = write(tmp_path / "d", crystals)
+    expected = edges_one_by_one(CrystalDataset.open(folder), 5)
+    expected[:3] = [0, 0, 0]
+    (first, one), (second, other) = run_ranks(count_on_rank, 2, tmp_path, folder, None)
+    assert first == second == expected
+    assert one
+    assert other
+    assert sorted(one + other) == sorted(crystals["ids"][3:])
+
+
+def test_counting_that_fails_on_one_rank_fails_on_all(tmp_path, crystals):
+    folder = write(tmp_path / "d", crystals)
+    (kind, text), (other, own) = run_ranks(count_on_rank, 2, tmp_path, folder, 1)
+    assert (kind, other) == ("RankError", "OSError")
+    assert "rank 1 of 2" in text
+    assert own in text
 
 
 def test_stored_counts_are_read_and_others_counted(tmp_path, monkeypatch, crystals):

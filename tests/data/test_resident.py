@@ -49,6 +49,13 @@ def test_some_crystals_can_be_held_alone(dataset, device):
         with pytest.raises(IndexError, match=f"crystal {missing} is not among the 4 held"):
             held.gather([4, missing])
     assert len(ResidentCrystals(dataset, device, []).gather([])) == 0
+    ascending = np.array([0, 4, 31])
+    held = ResidentCrystals(dataset, device, ascending)
+    ascending[:] = 7
+    assert_same_bits(held.gather([31, 0]), dataset.gather([31, 0]))
+    for wrong in (-1, 40):
+        with pytest.raises(IndexError, match=f"crystal {wrong} of a dataset of 40"):
+            ResidentCrystals(dataset, device, [0, wrong])
 
 
 @DEVICES
