@@ -188,7 +188,7 @@ class RunConfig(_Section):
         threads: CPU threads of torch; null leaves torch's choice.
         memory_gib: what a training step may take on each rank, GiB; a larger share of a batch is worked on
             with layers computed again, or in pieces. Null: 85 % of the CUDA device's memory, or half of the
-            machine's divided by its ranks.
+            machine's (of its control group's, if that is less) divided by its ranks.
         tensorboard: also write TensorBoard event files.
     """
 
