@@ -11,7 +11,7 @@ from rich.console import Console
 
 from ..checkpoint import BEST, LAST, CheckpointMeta, save_checkpoint
 from ..distributed import Ranks
-from ..losses import denoising_losses, draw_noise, nt_xent_gradient
+from ..losses import denoising_losses, draw_noise, nt_xent_gradient, nt_xent_part
 from ..model import MGT
 from ..profiling import span
 from .batches import require_part, require_two, select_parts
@@ -88,15 +88,17 @@ class PretrainTask(GraphTask):
             embeddings = torch.stack((output.se3_proj, output.so3_proj)).float()
         return ChunkLoss(loss, figures, embeddings)
 
-    def joint_loss(self, embeddings: torch.Tensor, ranks: Ranks) -> JointLoss:
+    def joint_loss(self, embeddings: torch.Tensor, ranks: Ranks, gradient: bool) -> JointLoss:
         """Contrast the two views of the crystals of a global batch, this rank's share of them with all."""
         settings = self.config.pretraining
-        with span("loss"):
-            loss, gradient = nt_xent_gradient(
-                *embeddings, settings.temperature, part=ranks.rank, parts=ranks.size
-            )
+        options = {"part": ranks.rank, "parts": ranks.size}
         weight = settings.contrastive_weight
-        return JointLoss(weight * loss, weight * gradient, {"contrastive": loss})
+        with span("loss"):
+            if not gradient:
+                loss = nt_xent_part(*embeddings, settings.temperature, **options)
+                return JointLoss(weight * loss, None, {"contrastive": loss})
+            loss, slope = nt_xent_gradient(*embeddings, settings.temperature, **options)
+            return JointLoss(weight * loss, weight * slope, {"contrastive": loss})
 
     def validate(self) -> dict[str, float]:
         """Return the losses on the held-out part, averaged over its crystals."""

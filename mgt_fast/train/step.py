@@ -80,11 +80,11 @@ class ChunkLoss:
 class JointLoss:
     """The part of a loss that compares the crystals of a global batch: value, gradient (2, B, C), figures.
 
-    Each rank computes a share of it; the shares add up.
+    Each rank computes a share of it; the shares add up. The gradient is None where none was asked for.
     """
 
     loss: torch.Tensor
-    gradient: torch.Tensor
+    gradient: torch.Tensor | None
     figures: dict[str, torch.Tensor]
 
 
@@ -102,7 +102,7 @@ class StepTask(Protocol):
     def forward(self, batch: Batch, chunk: Chunk) -> ChunkLoss:
         """Compute what a chunk adds to the loss of its batch."""
 
-    def joint_loss(self, embeddings: torch.Tensor, ranks: Ranks) -> JointLoss:
+    def joint_loss(self, embeddings: torch.Tensor, ranks: Ranks, gradient: bool) -> JointLoss:
         """Compute a rank's share of what compares a batch's crystals by their embeddings, (2, B, C)."""
 
 
@@ -271,14 +271,18 @@ class TrainingStep:
 def batch_losses(task: StepTask, ranks: Ranks, batch: Batch) -> dict[str, float]:
     """Return "loss" and figures of a global batch, the same on every rank; nothing is learnt."""
     found = [task.forward(batch, chunk) for chunk in batch.chunks]
-    joint = _joint(task, ranks, batch, [one.embeddings for one in found])
+    joint = _joint(task, ranks, batch, [one.embeddings for one in found], gradient=False)
     losses = _losses(found, joint)
     values = torch.stack([value.double().reshape(()) for value in losses.values()])
     return dict(zip(losses, ranks.sum_(values).tolist(), strict=True))
 
 
 def _joint(
-    task: StepTask, ranks: Ranks, batch: Batch, embeddings: list[torch.Tensor | None]
+    task: StepTask,
+    ranks: Ranks,
+    batch: Batch,
+    embeddings: list[torch.Tensor | None],
+    gradient: bool = True,
 ) -> JointLoss | None:
     """Compare the crystals of all chunks and ranks."""
     if not task.compares_crystals:
@@ -286,8 +290,8 @@ def _joint(
     own = torch.cat([one.detach() for one in embeddings], dim=1)
     everywhere = own.new_zeros(2, batch.size, own.shape[2])
     everywhere[:, torch.cat([chunk.places for chunk in batch.chunks])] = own
-    joint = task.joint_loss(ranks.sum_(everywhere), ranks)  # each row is nonzero on one rank alone
-    return replace(joint, gradient=ranks.sum_(joint.gradient))
+    joint = task.joint_loss(ranks.sum_(everywhere), ranks, gradient)  # each row is nonzero on one rank alone
+    return replace(joint, gradient=ranks.sum_(joint.gradient)) if gradient else joint
 
 
 def _losses(found: list[ChunkLoss], joint: JointLoss | None) -> dict[str, torch.Tensor]:
