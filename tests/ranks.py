@@ -7,7 +7,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-PRELOADED = ["torch.distributed", "mgt_fast.train.finetune", "mgt_fast.train.pretrain", "pytest"]
+PRELOADED = [
+    *("torch.distributed", "mgt_fast.train.finetune", "mgt_fast.train.pretrain", "pytest"),
+    *("torch._dynamo", "pandas"),  # which the first step of an optimiser imports, for two seconds
+]
 """Imported once, then forked; the server does not find the tests' own modules."""
 
 
