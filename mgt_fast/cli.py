@@ -1,4 +1,4 @@
-"""The command line: `mgt-fast prepare, pretrain, finetune, predict, evaluate, import-checkpoint, demo`.
+"""The command line: `mgt-fast prepare, pretrain, finetune, profile, evaluate, predict, ...`.
 
 Commands import what they need when they run; errors of the user's become one line.
 """
@@ -6,14 +6,17 @@ Commands import what they need when they run; errors of the user's become one li
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from .train.config import RunConfig
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -187,6 +190,18 @@ def prepare(
             raise ValueError(f"no crystal was stored; {output / 'rejects.csv'} says why")
 
 
+def _on_ranks(run: Callable, settings: RunConfig, options: _RunOptions, **more) -> None:
+    """Call `run` on every rank; the first one's name of the folder counts, which may hold the time."""
+    from .distributed import joined_ranks
+    from .train.setup import resolve_device
+
+    with joined_ranks(resolve_device(settings.device)) as ranks:
+        folder = ranks.gather(options.folder)[0]
+        run(
+            settings, folder, out, resume=options.resume, resume_from=options.resume_from, ranks=ranks, **more
+        )
+
+
 @app.command()
 def pretrain(
     config: ConfigOption = None,
@@ -198,23 +213,12 @@ def pretrain(
 ) -> None:
     """Pretrain on crystals without labels: contrast between the views, and denoising."""
     with _reported_errors():
-        from .distributed import joined_ranks
         from .train import config as configs
         from .train.pretrain import pretrain as run
-        from .train.setup import resolve_device
 
         options = _run_options("pretrain", config, output, resume, resume_from)
         settings = configs.load_config(configs.PretrainConfig, options.path, set_ or ())
-        with joined_ranks(resolve_device(settings.device)) as ranks:
-            run(
-                settings,
-                ranks.gather(options.folder)[0],
-                out,
-                overwrite,
-                resume=options.resume,
-                resume_from=options.resume_from,
-                ranks=ranks,
-            )
+        _on_ranks(run, settings, options, overwrite=overwrite)
 
 
 @app.command()
@@ -232,25 +236,14 @@ def finetune(
     """Learn a property, from a pretrained checkpoint or from scratch, and score it on val and test."""
     with _reported_errors():
         from .checkpoint import load_checkpoint
-        from .distributed import joined_ranks
         from .train import config as configs
         from .train.finetune import finetune as run
-        from .train.setup import resolve_device, values_from_checkpoint
+        from .train.setup import values_from_checkpoint
 
         options = _run_options("finetune", config, output, resume, resume_from)
         base = None if start is None else values_from_checkpoint(load_checkpoint(start)[1])
         settings = configs.load_config(configs.FinetuneConfig, options.path, set_ or (), base)
-        with joined_ranks(resolve_device(settings.device)) as ranks:
-            run(
-                settings,
-                ranks.gather(options.folder)[0],
-                out,
-                start,
-                overwrite,
-                resume=options.resume,
-                resume_from=options.resume_from,
-                ranks=ranks,
-            )
+        _on_ranks(run, settings, options, start=start, overwrite=overwrite)
 
 
 @app.command()

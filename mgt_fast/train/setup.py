@@ -50,7 +50,7 @@ def start_torch(config: RunConfig) -> torch.device:
 
 def open_dataset(path: Path | None, ranks: Ranks) -> CrystalDataset:
     """Open a dataset on every rank; one rank a machine verifies its hashes before any crystal is used."""
-    verifies = int(os.environ.get("LOCAL_RANK", ranks.rank)) == 0
+    verifies = ranks.size == 1 or int(os.environ.get("LOCAL_RANK", ranks.rank)) == 0
     with ranks.together():
         dataset = CrystalDataset.open(path, verify=verifies)
     ranks.require_equal({"manifest's SHA-256": manifest_digest(dataset)}, "dataset")
