@@ -184,8 +184,10 @@ def load_record(run: dict, arguments: argparse.Namespace) -> dict[str, dict]:
     """Return the recorded benchmarks of the run's device, those of the chosen files alone.
 
     Raises:
-        CannotCompareError: if there is no record.
+        CannotCompareError: if there is no record; if the run is no output of these benchmarks.
     """
+    if "device" not in run.get("machine_info", ()):
+        raise CannotCompareError("the file is no result of `make bench`, such as bench/last.json")
     name = run["machine_info"]["device"]
     path = arguments.record or RESULTS / f"{device_slug(name)}.json"
     if not path.exists():
