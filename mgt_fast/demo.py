@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import time
 from collections.abc import Sequence
@@ -13,9 +12,10 @@ from rich.console import Console
 
 from .checkpoint import load_checkpoint
 from .data import CrystalDataset
-from .inference import PREDICTION, REFERENCE, predict_paths
+from .inference import predict_paths
 from .model import MGT
 from .plots import plot_curves, plot_parity, plot_router
+from .predictions import read_predictions
 from .structures import CrystalBatch
 from .train.config import FinetuneConfig, PretrainConfig, load_config
 from .train.finetune import finetune
@@ -92,21 +92,17 @@ def draw(folder: Path, pretraining: PretrainConfig, target: str, unit: str | Non
         read_metrics(folder / "finetune"),
         {"training loss": ("train_loss",), f"mean absolute error{unit_suffix}": ("train_mae", "val_mae")},
     )
-    rows = _read_predictions(folder / "finetune" / PREDICTIONS)
-    parts = {part: rows["part"] == part for part in ("val", "test") if (rows["part"] == part).any()}
-    reference, prediction = (
-        next(values for name, values in rows.items() if name.startswith(word))
-        for word in (REFERENCE, PREDICTION)
-    )
+    scored = read_predictions(folder / "finetune" / PREDICTIONS)
+    parts = {part: scored.part == part for part in ("val", "test") if (scored.part == part).any()}
     plot_parity(
         paths[2],
-        {part: (reference[chosen], prediction[chosen]) for part, chosen in parts.items()},
+        {part: (scored.reference[chosen], scored.prediction[chosen]) for part, chosen in parts.items()},
         target,
         unit,
     )
-    if "so3_contribution" not in rows:  # a network without a router
+    if scored.contributions is None:  # a network without a router
         return paths[:3]
-    plot_router(paths[3], rows["so3_contribution"], reference, target, unit)
+    plot_router(paths[3], scored.contributions[:, 1], scored.reference, target, unit)
     return paths
 
 
@@ -114,16 +110,6 @@ def typical_crystal(dataset: CrystalDataset, target: str) -> int:
     """Return the test crystal whose target is nearest to the median of the test part."""
     values = np.where(dataset.split == "test", dataset.targets[target], np.nan)
     return int(np.nanargmin(np.abs(values - np.nanmedian(values))))
-
-
-def _read_predictions(path: Path) -> dict[str, np.ndarray]:
-    """Read a predictions.csv as columns; all but id and part are numbers."""
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    return {
-        name: np.array([row[name] for row in rows], dtype=object if name in ("id", "part") else float)
-        for name in rows[0]
-    }
 
 
 def write_cif(path: Path, crystals: CrystalBatch) -> None:

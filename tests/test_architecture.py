@@ -25,7 +25,7 @@ LAYERS = [
     {"frames_cuda", "graph", "neighbors_cuda"},
     {"layers", "memory", "outputs", "padding"},
     {"model", "losses", "importer", "data", "reference"},
-    {"checkpoint", "inference"},
+    {"checkpoint", "inference", "predictions"},
     {"train", "plots"},
     {"cli", "demo"},
 ]
