@@ -11,6 +11,7 @@ from rich.console import Console
 
 from ..distributed import Ranks
 from .config import RunConfig
+from .environment import record_environment
 from .loop import Fit, FitResult
 from .runlog import CONFIG, NullLog, RunLog, decisive_settings
 from .runstate import StateStore
@@ -75,6 +76,9 @@ def open_run(
         if ranks.is_main:
             log = RunLog(folder, config, console, overwrite, resume=held)
     with log:
+        with ranks.together():
+            if ranks.is_main:
+                record_environment(folder, config, ranks)
         resumed = ranks.gather(held and store.exists())[0]
         if held and not resumed:
             log.rewind(None)

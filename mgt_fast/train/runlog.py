@@ -16,12 +16,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..checkpoint import BEST, LAST, CheckpointError
 from ..durable import explained, remove_leftovers, replace_file, write_all
 from .config import ConfigError, RunConfig, dump_config, load_config
+from .environment import ENVIRONMENT
 from .lock import FolderLock
 from .runstate import CHECKPOINTS, StateStore
 
 CONFIG, METRICS, STEPS = "config.yaml", "metrics.jsonl", "steps.jsonl"
 RESULTS, PREDICTIONS = "results.json", "predictions.csv"
-_FILES = (CONFIG, METRICS, STEPS, RESULTS, PREDICTIONS, BEST, LAST)
+REPORT = "report.html"
+_FILES = (CONFIG, ENVIRONMENT, METRICS, STEPS, RESULTS, PREDICTIONS, BEST, LAST, REPORT)
 _TENSORBOARD = "tensorboard"
 _BUFFER = 2**16  # bytes of lines held back at most
 

@@ -86,6 +86,8 @@ def _contents(path):
         return state
     if path.name == "latest":
         return _plain(data.decode())
+    if path.name == "environment.json":
+        return {name: value for name, value in json.loads(data).items() if name != "date"}
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:  # whose metadata come in any order
             metadata, tensors = file.metadata(), load(data)
