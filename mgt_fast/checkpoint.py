@@ -22,6 +22,7 @@ from safetensors.torch import save
 from .config import MGTConfig
 from .durable import replace_file
 from .model import MGT
+from .target_scaling import TRANSFORMS, TargetScaling
 
 BEST, LAST = "best.safetensors", "last.safetensors"
 _KEY = "mgt_fast"
@@ -41,9 +42,10 @@ class CheckpointMeta:
         model: the network's configuration.
         max_neighbors, compat: how the graphs are built (see `graph.build_graph`).
         target, unit: what is predicted, and its unit; None for a pretrained network.
-        target_mean, target_std: prediction in the target's units = output · std + mean.
+        target_mean, target_std, target_transform: see `scaling`.
         dataset: digest of the training dataset's manifest.
         fractions, seed: how its parts were drawn at random; None for the dataset's own parts.
+        split: digest of the file that named its parts; None where no file did.
         epoch: passes over the training data.
         metrics: of that epoch on the held-out part.
         version: of mgt-fast that wrote the file.
@@ -56,9 +58,11 @@ class CheckpointMeta:
     unit: str | None = None
     target_mean: float = 0.0
     target_std: float = 1.0
+    target_transform: str = "none"
     dataset: str | None = None
     fractions: tuple[float, float, float] | None = None
     seed: int | None = None
+    split: str | None = None
     epoch: int | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     version: str = field(default_factory=lambda: version("mgt-fast"))
@@ -73,6 +77,15 @@ class CheckpointMeta:
                 f"target_mean = {self.target_mean}, target_std = {self.target_std}; both must be finite and "
                 "the deviation greater than 0"
             )
+        if self.target_transform not in TRANSFORMS:
+            raise ValueError(
+                f"target_transform = {self.target_transform!r}; choose one of {', '.join(TRANSFORMS)}"
+            )
+
+    @property
+    def scaling(self) -> TargetScaling:
+        """The map between the network's output and the target's units."""
+        return TargetScaling(self.target_mean, self.target_std, self.target_transform)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CheckpointMeta:

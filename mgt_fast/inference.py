@@ -202,7 +202,7 @@ def predict_batches(model: MGT, graphs: Iterable[CrystalGraph]) -> list[Predicti
 
 def _predict_graph(model: MGT, graph: CrystalGraph, meta: CheckpointMeta) -> PredictionTable:
     output = model(graph)
-    prediction = output.prediction.double().cpu().numpy() * meta.target_std + meta.target_mean
+    prediction = meta.scaling.unscale(output.prediction.double().cpu().numpy())
     bad = np.flatnonzero(~np.isfinite(prediction).all(axis=1))
     if bad.size:
         names = ", ".join(graph.ids[b] for b in bad)

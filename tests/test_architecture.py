@@ -20,6 +20,7 @@ LAYERS = [
         "durable",
         "profiling",
         "roofs",
+        "target_scaling",
         "_C",
     },
     {"frames_cuda", "graph", "neighbors_cuda"},
@@ -27,6 +28,7 @@ LAYERS = [
     {"model", "losses", "importer", "data", "reference"},
     {"checkpoint", "inference", "predictions"},
     {"train", "plots"},
+    {"studies"},
     {"cli", "demo"},
 ]
 DEPTH = {name: depth for depth, names in enumerate(LAYERS) for name in names}

@@ -26,6 +26,10 @@ def evaluate(
         Path | None, typer.Option("--dataset", "-d", help="Prepared dataset; the bundled one when absent.")
     ] = None,
     split: Annotated[str, typer.Option("--split", help="train, val, test or all.")] = "test",
+    split_file: Annotated[
+        Path | None,
+        typer.Option(help="Names the crystals of each part, in place of the dataset's own; as for prepare."),
+    ] = None,
     target: Annotated[
         str | None,
         typer.Option("--target", help="The dataset's column; the checkpoint's target when absent."),
@@ -50,7 +54,8 @@ def evaluate(
                 if output is not None:
                     check_new_table(output, overwrite)
                 network = load_model(model, device=resolve_device(device))
-            result = run(network, open_dataset(dataset, ranks), split, target, batch_size, ranks)
+            crystals = open_dataset(dataset, ranks)
+            result = run(network, crystals, split, target, batch_size, ranks, split_file)
         if not ranks.is_main:
             return
         unit = f" {result.table.unit}" if result.table.unit else ""

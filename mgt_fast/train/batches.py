@@ -6,9 +6,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..data.ingest import read_split
 from ..data.store import SPLITS
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ..data import CrystalDataset
     from .config import DataConfig
 
@@ -43,12 +46,19 @@ def select_parts(
         usable: (n,) bool, the crystals that may be used at all; None for every one.
 
     Returns:
-        Indices by part name. The dataset's own parts may include "", crystals of no part. Random parts are
-        "train", "val" and "test": sizes are rounded down, what is left goes to "train".
+        Indices by part name. Parts of the dataset or of a file may include "", crystals of no part. Random
+        parts are "train", "val" and "test": sizes are rounded down, what is left goes to "train".
+
+    Raises:
+        DataError: if the dataset lacks crystals that the split file names.
+        PrepareError: as `data.ingest.read_split`.
     """
     rng = np.random.default_rng(seed)
     if data.fractions is None:
-        parts = {name: dataset.part(name) for name in sorted(SPLITS)}
+        if data.split_file is None:
+            parts = {name: dataset.part(name) for name in sorted(SPLITS)}
+        else:
+            parts = file_parts(dataset, data.split_file)
         parts = {
             name: members if usable is None else members[usable[members]]
             for name, members in parts.items()
@@ -67,6 +77,30 @@ def select_parts(
             for name, part in parts.items()
         }
     return parts
+
+
+def file_parts(dataset: CrystalDataset, path: Path) -> dict[str, np.ndarray]:
+    """Return the crystals of each part by a split file, as ascending positions; "" those it does not name.
+
+    Raises:
+        DataError: if the dataset lacks crystals that it names.
+        PrepareError: as `data.ingest.read_split`.
+    """
+    part_of = read_split(path)
+    codes = np.zeros(len(dataset), np.int8)
+    found = 0
+    for position, name in enumerate(dataset.ids):
+        if name in part_of:
+            codes[position] = SPLITS.index(part_of[name])
+            found += 1
+    if found < len(part_of):
+        absent = sorted(part_of.keys() - set(dataset.ids))
+        raise DataError(
+            f"{path}: {len(absent)} of its {len(part_of)} ids are not in the dataset {dataset.path} "
+            f"({', '.join(absent[:10])}{', ...' if len(absent) > 10 else ''}); take them out of the file, or "
+            "look in the dataset's rejects.csv why they are missing"
+        )
+    return {name: np.flatnonzero(codes == SPLITS.index(name)) for name in sorted(SPLITS)}
 
 
 def require_part(

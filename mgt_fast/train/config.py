@@ -50,6 +50,9 @@ class DataConfig(_Section):
         compat: "comformer" builds the graphs of the published program, null those of `graph.build_graph`.
         fractions: null uses the dataset's own train/val/test parts; three numbers adding up to 1 draw
             parts at random (with `seed`) instead.
+        split_file: file that names the crystals of each part, instead of the dataset's own parts: JSON
+            {"train": ids, "val": ids, "test": ids} or a csv with the columns id and split. Crystals that it
+            does not name are in no part.
         limit: keep at most this many crystals of each part, drawn with `seed` (for a quick try).
         resident: hold the crystals of a run in the memory of the CUDA device, where their graphs are built;
             null: if they fit.
@@ -59,6 +62,7 @@ class DataConfig(_Section):
     max_neighbors: PositiveInt = 25
     compat: Literal["comformer"] | None = None
     fractions: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] | None = None
+    split_file: Path | None = None
     limit: PositiveInt | None = None
     resident: bool | None = None
 
@@ -68,6 +72,15 @@ class DataConfig(_Section):
         if fractions is not None and abs(sum(fractions) - 1) > 1e-6:
             raise ValueError(f"the fractions {list(fractions)} add up to {sum(fractions):g}, not to 1")
         return fractions
+
+    @model_validator(mode="after")
+    def _one_division(self) -> Self:
+        if self.fractions is not None and self.split_file is not None:
+            raise ValueError(
+                f"fractions = {list(self.fractions)} and split_file = {self.split_file} both divide the "
+                "crystals into parts; set one of them to null"
+            )
+        return self
 
 
 class PretrainDataConfig(DataConfig):
@@ -94,11 +107,14 @@ class FinetuneDataConfig(DataConfig):
 
     Attributes:
         target: name of the property to learn.
-        scale_target: learn (target − mean) / standard deviation of the training part; the published runs
-            do so for every target but the bulk and shear moduli.
+        transform: "log" learns the logarithm of the target, which must be positive; predictions and errors
+            stay those of the target itself.
+        scale_target: learn (value − mean) / standard deviation of the training part, of the target or its
+            logarithm; the published runs do so for every target but the bulk and shear moduli.
     """
 
     target: str = "formation_energy_per_atom"
+    transform: Literal["none", "log"] = "none"
     scale_target: bool = True
 
 
@@ -112,6 +128,8 @@ class OptimConfig(_Section):
         warmup_epochs: length of the warm-up; need not be whole.
         batch_size: crystals in a step, over all ranks, at most (see `plan.batch_bounds`).
         grad_clip: largest norm of the whole gradient; null does not clip.
+        ema: decay a step of the moving average of weights and running statistics that is validated and
+            saved in place of the last step's own; null: no average.
         statistics: of BatchNorm: "global": of all the step's crystals, however ranks and memory divide them;
             "local": of those that are worked on together, which saves exchanges but depends on the division.
     """
@@ -122,6 +140,7 @@ class OptimConfig(_Section):
     warmup_epochs: NonNegativeFloat
     batch_size: Annotated[int, Field(ge=2)]
     grad_clip: PositiveFloat | None = None
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     statistics: Literal["global", "local"] = "global"
 
     @model_validator(mode="after")
@@ -160,6 +179,22 @@ class EarlyStoppingConfig(_Section):
 
     patience: PositiveInt | None = None
     min_delta: NonNegativeFloat = 0.0
+
+
+class RouterMonitorConfig(_Section):
+    """When to warn that the router stagnates; see `stagnation`.
+
+    Attributes:
+        epochs: how many in a row it must stand still; null never warns.
+        even: largest distance of the mean share from 1/2 that counts as even.
+        spread: largest standard deviation of the shares that counts as the same for all crystals.
+        one_view: share of a view from which on a prediction, or the mean of all, counts as that view's alone.
+    """
+
+    epochs: PositiveInt | None = 5
+    even: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
+    spread: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
+    one_view: Annotated[float, Field(gt=0.5, le=1)] = 0.95
 
 
 class CheckpointConfig(_Section):
@@ -244,6 +279,7 @@ class FinetuneConfig(RunConfig):
     loss: Literal["mse", "l1", "huber"] = "mse"
     capture: bool = False
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
+    router_monitor: RouterMonitorConfig = RouterMonitorConfig()
 
     @field_validator("model", mode="before")
     @classmethod

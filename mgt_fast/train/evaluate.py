@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -86,21 +87,24 @@ def evaluate(
     target: str | None = None,
     batch_size: int = 64,
     ranks: Ranks | None = None,
+    split_file: Path | None = None,
 ) -> Evaluation:
     """Predict every crystal of a part that has a target.
 
     Args:
         model: a fine-tuned network with its metadata, from `MGT.load`.
         dataset: the crystals. If the network learned this target from random parts of this very dataset,
-            `part` is drawn again in the same way; otherwise it is the dataset's own.
+            `part` is drawn again in the same way; otherwise it is the split file's or the dataset's own.
         part: "train", "val", "test", "" (crystals of no part) or "all".
         target: the dataset's name of the target; None takes the checkpoint's.
         batch_size: crystals at a time.
         ranks: that share the work and all get the result; None for a single one.
+        split_file: names the crystals of each part; see `config.DataConfig`.
 
     Raises:
-        DataError: if target or part are missing, the units of checkpoint and dataset differ, or the network
-            has several outputs.
+        DataError: if target or part are missing, the units of checkpoint and dataset differ, the network
+            has several outputs, or it learned this target from this dataset with a split file and none is
+            given.
     """
     meta = prediction_meta(model)
     name = target or meta.target
@@ -114,7 +118,13 @@ def evaluate(
         raise DataError(f"the checkpoint predicts {meta.unit}, but the dataset's {name} is in {unit}")
     known = ~np.isnan(targets)
     drawn_again = name == meta.target and meta.dataset == manifest_digest(dataset)
-    data = DataConfig(fractions=meta.fractions if drawn_again else None)
+    if drawn_again and meta.split is not None and split_file is None and part != ALL:
+        raise DataError(
+            f"the network learned {name} from parts that a file named (SHA-256 {meta.split[:16]}…); pass "
+            "that file (--split-file), since the dataset's own parts may hold what it has learned from"
+        )
+    fractions = meta.fractions if drawn_again and split_file is None else None
+    data = DataConfig(fractions=fractions, split_file=split_file)
     seed = meta.seed if drawn_again and meta.seed is not None else 0
     if part == ALL:
         indices, missing = np.flatnonzero(known), int((~known).sum())
@@ -122,7 +132,8 @@ def evaluate(
         parts = select_parts(dataset, data, seed, known)
         valid = [name or '""' for name, members in parts.items() if len(members)]
         indices = require_part(parts, part, "evaluate", f"choose {', '.join([*valid, ALL])}")
-        missing = 0 if data.fractions else int((~known[dataset.part(part)]).sum())
+        everyone = select_parts(dataset, data, seed)
+        missing = 0 if data.fractions else len(everyone[part]) - len(indices)
     if not len(indices):
         raise DataError(f"no crystal of the dataset has a {name}")
     device = next(model.parameters()).device

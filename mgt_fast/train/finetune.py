@@ -27,6 +27,7 @@ from ..inference import PredictionTable, write_table
 from ..losses import mean_over_crystals
 from ..model import MGT
 from ..profiling import span
+from ..target_scaling import TargetScaling
 from .batches import (
     PARTS,
     DataError,
@@ -42,11 +43,12 @@ from .feed import GraphSource
 from .loop import Fit
 from .plan import BatchPlan
 from .run import open_run
-from .runlog import PREDICTIONS
+from .runlog import PREDICTIONS, read_metrics
 from .runstate import StateStore
 from .setup import (
     autocast,
     check_fits_checkpoint,
+    crystals_digest,
     describe_device,
     describe_parts,
     graph_source,
@@ -54,10 +56,12 @@ from .setup import (
     memory_budget,
     open_dataset,
     planned_edges,
+    split_digest,
     start_torch,
 )
+from .stagnation import share_figures, stagnation
 from .step import Batch, Chunk, ChunkLoss
-from .targets import TargetScaling, errors, trivial_errors
+from .targets import errors, trivial_errors
 from .task import GraphTask
 
 _LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}
@@ -110,14 +114,23 @@ class FinetuneTask(GraphTask):
             predicted = self.model(graph, keys=keys).prediction.squeeze(1)
         with span("loss"):
             predicted = predicted.float()
-            mae = mean_over_crystals((predicted.detach() - scaled).abs(), graph) * self.scaling.std
+            # Of values that are only scaled the mean cancels, which keeps the digits of small errors.
+            if self.scaling.transform == "none":
+                error = (predicted.detach() - scaled) * self.scaling.std
+            else:
+                error = self.scaling.unscale(predicted.detach()) - self.scaling.unscale(scaled)
+            mae = mean_over_crystals(error.abs(), graph)
             loss = _LOSSES[self.config.loss](predicted, scaled, reduction="none")
             return mean_over_crystals(loss, graph), {"mae": mae}
 
     def validate(self) -> dict[str, float]:
-        """Return the MAE and RMSE of the val part."""
-        found = errors(self.targets[self.parts["val"]], self.predict("val").prediction)
-        return {"val_mae": found["mae"], "val_rmse": found["rmse"]}
+        """Return the MAE and RMSE of the val part, and how the router divides it between the views."""
+        table = self.predict("val")
+        found = errors(self.targets[self.parts["val"]], table.prediction)
+        network = self.config.model
+        routed = network.views == "both" and network.fusion == "router"
+        shares = share_figures(table.contributions, self.config.router_monitor) if routed else {}
+        return {"val_mae": found["mae"], "val_rmse": found["rmse"], **shares}
 
     def predict(self, part: str) -> PredictionTable:
         """Predict every crystal of a part, in its order; every rank gets the whole table."""
@@ -184,6 +197,8 @@ def finetune(
             meta = replace(model.meta, epoch=epoch, metrics=metrics)
             for name in (LAST, BEST) if improved else (LAST,):
                 save_checkpoint(run.folder / name, model, meta)
+            if warning := stagnation(read_metrics(run.folder), config.router_monitor):
+                log.say(warning)
 
         fit = Fit(
             task,
@@ -195,7 +210,7 @@ def finetune(
             ranks=ranks,
             store=run.store,
             checkpoint=config.checkpoint,
-            dataset=model.meta.dataset,
+            dataset=crystals_digest(model.meta.dataset, model.meta.split),
             attached=[run.folder / BEST],
         )
         result = run.fit(fit, resume_from)
@@ -226,7 +241,7 @@ def finetuning_task(
     train = require_part(parts, "train", "learn from")
     require_part(parts, "val", "choose the best epoch on")
     require_two(dataset, train)
-    scaling = TargetScaling.fit(targets[train]) if config.data.scale_target else TargetScaling()
+    scaling = _scaling(config, dataset, targets, known, train)
     model = MGT(config.model, backend=config.backend)
     model.meta = CheckpointMeta(
         model=config.model,
@@ -236,9 +251,11 @@ def finetuning_task(
         unit=dataset.target_units[config.data.target] or None,
         target_mean=scaling.mean,
         target_std=scaling.std,
+        target_transform=scaling.transform,
         dataset=manifest_digest(dataset),
         fractions=config.data.fractions,
         seed=None if config.data.fractions is None else config.seed,
+        split=split_digest(config, ranks),
     )
     used = np.concatenate([parts[name] for name in PARTS if name in parts])
     edges = planned_edges(config, dataset, used, ranks, console)
@@ -254,6 +271,21 @@ def finetuning_task(
         names=dataset.ids,
     )
     return FinetuneTask(model.to(device), source, plan, targets, parts, scaling, config, ranks), known
+
+
+def _scaling(
+    config: FinetuneConfig, dataset: CrystalDataset, targets: np.ndarray, known: np.ndarray, train: np.ndarray
+) -> TargetScaling:
+    transform = config.data.transform
+    if transform == "log" and (bad := np.flatnonzero(known & ~(targets > 0))).size:
+        listed = ", ".join(f"{dataset.ids[i]}: {targets[i]:g}" for i in bad[:10])
+        raise DataError(
+            f"data.transform = log needs positive targets, but {config.data.target} is not for {bad.size} "
+            f"crystals ({listed}); remove them, or set data.transform=none"
+        )
+    if not config.data.scale_target:
+        return TargetScaling(transform=transform)
+    return TargetScaling.fit(targets[train], transform)
 
 
 def _transfer(model: MGT, config: FinetuneConfig, ranks: Ranks) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ from ..checkpoint import CheckpointError
 from ..distributed import Ranks
 from ..durable import replace_file
 from ..profiling import span
+from .average import WeightAverage
 from .config import CheckpointConfig, EarlyStoppingConfig, OptimConfig
 from .interrupt import LIMIT, RunStoppedError, StopRequest
 from .runlog import NullLog
@@ -126,6 +128,7 @@ class Fit:
         self.training_step = training_step or TrainingStep(
             task, optim.weight_decay, optim.grad_clip, ranks=self.ranks, statistics=optim.statistics
         )
+        self.average = None if optim.ema is None else WeightAverage(task.model, optim.ema)
         self.store, self.checkpoint = store, checkpoint or CheckpointConfig()
         self.dataset, self.attached = dataset, attached
         self._stop = StopRequest()
@@ -158,6 +161,8 @@ class Fit:
                     f"{self.store.folder}: the state is another network's: {error}"
                 ) from None
             unpack_optimizer(self.training_step.optimizer, tensors)
+            if self.average is not None:
+                self.average.restore(tensors)
             self.course = Course(**record["course"])
             self.tracker.restore(record["tracker"])
             self.log.rewind(record["log"])
@@ -280,6 +285,8 @@ class Fit:
         self.training_step.update(lr)
         self._tell_path(batch)
         course.step += 1
+        if self.average is not None:
+            self.average.update(course.step)
         course.batch += 1
         course.crystals += batch.size
         for name, value in zip(("loss", *result.figures), (loss, *figures), strict=True):
@@ -316,6 +323,13 @@ class Fit:
 
     def _end_epoch(self) -> None:
         """Score the epoch, record it, and save checkpoints and state."""
+        with nullcontext() if self.average is None else self.average.in_place():
+            self._score_epoch()
+        self.course.next_epoch()
+        self._save_state()
+
+    def _score_epoch(self) -> None:
+        """Score what the network holds, record it, and save it as a checkpoint."""
         course = self.course
         with span("validation"):
             metrics = self.task.validate()
@@ -335,8 +349,6 @@ class Fit:
             if self.ranks.is_main:
                 self.save(course.epoch, metrics, improved)
         self.log.say(_line(course.epoch, self.optim.epochs, {**train, **metrics}, course.seconds, improved))
-        course.next_epoch()
-        self._save_state()
 
     def _save_is_due(self) -> bool:
         every, minutes = self.checkpoint.every_steps, self.checkpoint.every_minutes
@@ -358,6 +370,8 @@ class Fit:
                     "dataset": self.dataset,
                 }
                 tensors = weights | pack_optimizer(self.training_step.optimizer)
+                if self.average is not None:
+                    tensors |= self.average.state()
                 self.store.save(self.course.step, tensors, record, self.attached)
         self._saved_at = time.monotonic()
 

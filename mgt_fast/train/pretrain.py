@@ -22,6 +22,7 @@ from .plan import BatchPlan
 from .run import open_run
 from .setup import (
     autocast,
+    crystals_digest,
     describe_device,
     describe_parts,
     graph_source,
@@ -29,6 +30,7 @@ from .setup import (
     memory_budget,
     open_dataset,
     planned_edges,
+    split_digest,
     start_torch,
 )
 from .step import Batch, Chunk, ChunkLoss, JointLoss, batch_losses
@@ -141,7 +143,7 @@ def pretrain(
     ranks = ranks or Ranks()
     device = start_torch(config)
     task, sizes = pretraining_task(config, device, ranks, console)
-    digest = manifest_digest(task.source.dataset)
+    digest, split = manifest_digest(task.source.dataset), split_digest(config, ranks)
     with open_run(folder, config, console, ranks, overwrite, resume) as run:
         run.log.say(
             f"pretraining on {sum(sizes.values())} crystals ({describe_parts(sizes)}) "
@@ -155,6 +157,7 @@ def pretrain(
                 max_neighbors=config.data.max_neighbors,
                 compat=config.data.compat,
                 dataset=digest,
+                split=split,
                 epoch=epoch,
                 metrics=metrics,
             )
@@ -169,7 +172,7 @@ def pretrain(
             ranks=ranks,
             store=run.store,
             checkpoint=config.checkpoint,
-            dataset=digest,
+            dataset=crystals_digest(digest, split),
             attached=[run.folder / BEST],
         )
         result = run.fit(fit, resume_from)

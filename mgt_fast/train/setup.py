@@ -177,6 +177,25 @@ def manifest_digest(dataset: CrystalDataset) -> str:
     return hashlib.sha256((dataset.path / MANIFEST).read_bytes()).hexdigest()
 
 
+def split_digest(config: RunConfig, ranks: Ranks) -> str | None:
+    """Return the SHA-256 of the file that names a run's parts, None where there is none.
+
+    Raises:
+        RankError: if ranks see different files.
+    """
+    if config.data.split_file is None:
+        return None
+    with ranks.together():
+        digest = hashlib.sha256(config.data.split_file.read_bytes()).hexdigest()
+    ranks.require_equal({"SHA-256 of data.split_file": digest}, "parts")
+    return digest
+
+
+def crystals_digest(manifest: str, split: str | None) -> str:
+    """Return what tells the crystals of a run and their parts from others', for its saved states."""
+    return manifest if split is None else f"{manifest}, split file {split}"
+
+
 def describe_device(device: torch.device, ranks: Ranks) -> str:
     """Say where a run computes, as "cpu" or "cuda, 8 ranks"."""
     return f"{device}, {ranks.size} ranks" if ranks.size > 1 else str(device)

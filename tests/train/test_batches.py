@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 
@@ -63,6 +65,29 @@ def test_limit_keeps_a_random_choice(dataset):
     assert {name: len(part) for name, part in parts.items()} == {"train": 4, "val": 4, "test": 3, "": 3}
     assert set(parts["train"]) <= set(range(10))
     assert parts["train"].tolist() != [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("form", ["json", "csv"])
+def test_parts_of_a_file_replace_the_dataset_s(dataset, tmp_path, form):
+    named = {"train": ["salt-17", "salt-0"], "val": ["salt-3"], "test": ["salt-12", "salt-11"]}
+    file = tmp_path / f"split.{form}"
+    rows = [f"{name},{part}" for part, names in named.items() for name in names]
+    file.write_text(json.dumps(named) if form == "json" else "\n".join(["id,split", *rows]))
+    known = ~np.isnan(target_values(dataset, "gap"))
+    parts = select_parts(dataset, DataConfig(split_file=file), seed=0, usable=known)
+    assert {name: part.tolist() for name, part in parts.items() if name} == {
+        "train": [0, 17],
+        "val": [3],
+        "test": [12],
+    }
+    assert len(parts[""]) == 14
+
+
+def test_a_file_that_names_other_crystals_is_refused(dataset, tmp_path):
+    file = tmp_path / "split.json"
+    file.write_text(json.dumps({"train": ["salt-1", "pepper", "sugar"]}))
+    with pytest.raises(DataError, match=r"2 of its 3 ids are not in the dataset .*\(pepper, sugar\)"):
+        select_parts(dataset, DataConfig(split_file=file), seed=0)
 
 
 def test_unknown_target_lists_the_known(dataset):

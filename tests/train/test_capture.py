@@ -88,11 +88,11 @@ def test_padded_steps_train_as_ordinary_ones(graphs):
 @pytest.mark.parametrize("loss", ["mse", "l1", "huber"])
 def test_losses_of_fine_tuning_leave_filler_out(graphs, loss):
     pytest.importorskip("pydantic")
+    from mgt_fast.target_scaling import TargetScaling
     from mgt_fast.train.config import FinetuneConfig
     from mgt_fast.train.feed import GraphSource
     from mgt_fast.train.finetune import FinetuneTask
     from mgt_fast.train.plan import BatchPlan
-    from mgt_fast.train.targets import TargetScaling
 
     task = FinetuneTask(
         make_task().model.double(),
