@@ -21,7 +21,7 @@ from .config import RunConfig
 from .setup import resolve_device
 
 ENVIRONMENT = "environment.json"
-_PACKAGES = ("mgt-fast", "torch", "triton", "numpy", "e3nn", "pymatgen")
+_PACKAGES = ("mgt-fast", "torch", "triton", "numpy", "scipy", "e3nn", "pymatgen")
 
 
 def record_environment(folder: Path, config: RunConfig, ranks: Ranks) -> None:
@@ -35,19 +35,29 @@ def describe_environment(config: RunConfig, ranks: Ranks) -> dict[str, Any]:
     """Return what a result may depend on beside its configuration.
 
     Returns:
+        That of `describe_machine`; "ranks"; and "dataset": SHA-256 of its manifest.
+    """
+    return {
+        **describe_machine(resolve_device(config.device)),
+        "ranks": ranks.size,
+        "dataset": hash_file((config.data.path or BUNDLED) / MANIFEST),
+    }
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Return what computes: program and machine.
+
+    Returns:
         "date" (UTC), "versions" by package (None: not installed) and "python", "system", "device",
-        "threads", "ranks", "commit" of the source (None unless it is a checkout), and "dataset": SHA-256 of
-        its manifest.
+        "threads", and "commit" of the source (None unless it is a checkout).
     """
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": {name: _version(name) for name in _PACKAGES} | {"python": platform.python_version()},
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "device": device_name(resolve_device(config.device)),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
-        "ranks": ranks.size,
         "commit": _commit(Path(__file__).parents[2]),
-        "dataset": hash_file((config.data.path or BUNDLED) / MANIFEST),
     }
 
 

@@ -1,0 +1,1 @@
+"""Studies: many runs compared, with the uncertainty of what they say."""
