@@ -60,7 +60,7 @@ def stagnation(records: Sequence[Mapping[str, float]], monitor: RouterMonitorCon
 
 
 def router_state(record: Mapping[str, float], monitor: RouterMonitorConfig) -> str | None:
-    """Return where the router stands after an epoch: EVEN, SE3, SO3, or None if it is well or there is none."""
+    """Return where the router stagnates by an epoch's figures: EVEN, SE3, SO3, or None (well, or absent)."""
     if MEAN not in record:
         return None
     mean = record[MEAN]
