@@ -29,7 +29,7 @@ _BUFFER = 2**16  # bytes of lines held back at most
 
 # Settings (dotted, or a whole section) that decide where and how a run computes, not what: it may be resumed
 # with others, as on another number of ranks.
-FREE_KEYS = ("threads", "tensorboard", "checkpoint", "memory_gib", "data.resident")
+FREE_KEYS = ("threads", "tensorboard", "checkpoint", "memory_gib", "data.resident", "router_monitor")
 # Why the others that one would change are not among them.
 _REASONS = {
     "optim.epochs": "the learning rate's schedule spans all epochs",
@@ -118,7 +118,7 @@ class RunLog(NullLog):
             for name in _FILES:
                 remove_leftovers(self.folder / name)
             if resume:
-                _check_resumable(self.folder, config)
+                check_same_settings(self.folder, config)
             else:
                 self._make_room(overwrite)
             replace_file(self.folder / CONFIG, dump_config(config).encode())
@@ -282,7 +282,7 @@ def _records(file: Path) -> Iterator[dict[str, float]]:
                 yield json.loads(line)
 
 
-def _check_resumable(folder: Path, config: RunConfig) -> None:
+def check_same_settings(folder: Path, config: RunConfig) -> None:
     """Raise ConfigError unless the folder holds a run with these settings."""
     file = folder / CONFIG
     if not file.is_file():
