@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 
-.PHONY: demo test reliability aot bench bench-full bench-check bench-history lint format clean
+.PHONY: demo test reliability aot docs bench bench-full bench-check bench-history lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -25,6 +25,10 @@ reliability: $(VENV)/installed
 # Every Triton kernel in every configuration, compiled for GPUs without one; minutes.
 aot: $(VENV)/installed
 	$(BIN)/python tests/kernels/aot.py --channels 128 256 512 --precision float32 tf32 bf16
+
+# The documentation, from build/docs/index.html on; every warning is an error.
+docs: $(VENV)/installed-docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
 
 bench: $(VENV)/installed-bench
 	$(BIN)/python -m pytest -c bench/pytest.ini bench --benchmark-json bench/last.json
@@ -65,6 +69,10 @@ $(VENV)/installed: $(VENV)/created pyproject.toml constraints.txt CMakeLists.txt
 
 $(VENV)/installed-bench: $(VENV)/installed
 	$(INSTALL) --no-build-isolation --editable ".[bench]"
+	@touch $@
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(INSTALL) --no-build-isolation --editable ".[docs]"
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed

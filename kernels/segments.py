@@ -63,7 +63,7 @@ class Segments:
 
     @cached_property
     def groups(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Segments of equal size side by side: (segments (g,), their rows (g, size)) for each size > 0."""
+        """Segments of equal size side by side, as (segments (g,), their rows (g, size)) for each size > 0."""
         groups = []
         for size in self.count.unique().tolist():
             if size:

@@ -12,7 +12,7 @@ from .elements import has_features
 from .structures import CrystalBatch
 
 SHELL_TOLERANCE = 1e-4
-"""Relative width of a shell of neighbours: distances no farther apart count as equal."""
+"""Relative width of a shell of neighbours; distances no farther apart count as equal."""
 
 _MAX_CUTOFF = 1e7  # Å; more than any two atoms are apart where not periodic
 

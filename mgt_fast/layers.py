@@ -43,12 +43,12 @@ class GraphIndex:
 
     @property
     def num_real_atoms(self) -> torch.Tensor | None:
-        """Atoms that statistics are taken over, 0-dim; None: all of them."""
+        """Atoms that statistics are taken over, 0-dim; all of them where it is None."""
         return None if self.graph.num_real is None else self.graph.num_real[1]
 
     @property
     def num_real_edges(self) -> torch.Tensor | None:
-        """Edges that statistics are taken over, 0-dim; None: all of them."""
+        """Edges that statistics are taken over, 0-dim; all of them where it is None."""
         return None if self.graph.num_real is None else self.graph.num_real[2]
 
     @cached_property
