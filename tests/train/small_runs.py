@@ -87,7 +87,8 @@ def _contents(path):
     if path.name == "latest":
         return _plain(data.decode())
     if path.name == "environment.json":
-        return {name: value for name, value in json.loads(data).items() if name != "date"}
+        changing = ("date", "commit")  # sources may be edited between two runs
+        return {name: value for name, value in json.loads(data).items() if name not in changing}
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:  # whose metadata come in any order
             metadata, tensors = file.metadata(), load(data)
