@@ -13,7 +13,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 # Colour-blind safe (Okabe and Ito): train, val, test.
 COLORS = {"train": "#0072B2", "val": "#E69F00", "test": "#009E73"}
-_STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
 
 
 def _figure(width: float, height: float, columns: int = 1):
@@ -37,7 +37,7 @@ def plot_curves(
         panels: axis label to the metrics drawn in it; a name's first word ("train", "val") is its part.
         references: axis label to a value drawn as a dashed line, and its name.
     """
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure, axes = _figure(4.2 * len(panels), 3.2, len(panels))
         epochs = [record["epoch"] for record in records]
         for ax, (label, names) in zip(axes, panels.items(), strict=True):
@@ -72,7 +72,7 @@ def plot_parity(
         quantity, unit: what is predicted.
     """
     suffix = f" ({unit})" if unit else ""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure, (ax,) = _figure(4.4, 4.2)
         both = np.concatenate([np.concatenate(pair) for pair in parts.values()])
         low, high = both.min(), both.max()
@@ -107,7 +107,7 @@ def plot_router(
         quantity, unit: what is predicted.
     """
     suffix = f" ({unit})" if unit else ""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure, (left, right) = _figure(8.0, 3.2, 2)
         left.hist(so3_share, bins=np.linspace(0, 1, 26), color=COLORS["train"])
         left.axvline(0.5, color="0.5", linestyle="--", linewidth=1)
