@@ -29,6 +29,7 @@ LAYERS = [
     {"checkpoint", "inference", "predictions"},
     {"train", "plots"},
     {"studies"},
+    {"protocols"},
     {"cli", "demo"},
 ]
 DEPTH = {name: depth for depth, names in enumerate(LAYERS) for name in names}

@@ -95,6 +95,7 @@ def prepare(
     require_target: str = "any",
     labels: str | os.PathLike | None = None,
     split_file: str | os.PathLike | None = None,
+    rename: Callable[[str], str] | None = None,
     format: str | None = None,
     workers: int | None = None,
     shard_size: int = DEFAULT_SHARD_SIZE,
@@ -122,6 +123,7 @@ def prepare(
         split_file: part of each crystal: a JSON object {"train": ids, "val": ids, "test": ids} (lists, or
             objects with ids as keys; may be zipped) or a csv with the columns id and split. When absent, a
             column `split` of the records counts, if it holds train, val, test or nothing.
+        rename: from the name of a crystal in the input to its id in the dataset; None: the same.
         format: format of all files, instead of detection.
         workers: worker processes; as many as there are cores when absent. In one, a record that crashes the
             parser or takes more than `data.workers.Limits` allows is rejected; 0 parses in this process,
@@ -158,6 +160,7 @@ def prepare(
     by_column = not split_file and _has_split_column(sample)
 
     def with_part(record: RawRecord) -> RawRecord:
+        record = record if rename is None else replace(record, id=rename(record.id))
         return _part_from_column(record) if by_column else replace(record, split=parts.get(record.id, ""))
 
     sample = [with_part(record) for record in sample]

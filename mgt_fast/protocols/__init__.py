@@ -1,0 +1,1 @@
+"""Protocols: published benchmarks with their official splits, settings and figures; see `recipe`."""
