@@ -21,6 +21,7 @@ from safetensors.torch import save
 
 from .config import MGTConfig
 from .durable import replace_file
+from .graph import SHELL_TOLERANCE
 from .model import MGT
 from .target_scaling import TRANSFORMS, TargetScaling
 
@@ -40,7 +41,7 @@ class CheckpointMeta:
 
     Attributes:
         model: the network's configuration.
-        max_neighbors, compat: how the graphs are built (see `graph.build_graph`).
+        max_neighbors, compat, shell_tolerance: how the graphs are built (see `graph.build_graph`).
         target, unit: what is predicted, and its unit; None for a pretrained network.
         target_mean, target_std, target_transform: see `scaling`.
         dataset: digest of the training dataset's manifest.
@@ -54,6 +55,7 @@ class CheckpointMeta:
     model: MGTConfig
     max_neighbors: int = 25
     compat: str | None = None
+    shell_tolerance: float = SHELL_TOLERANCE
     target: str | None = None
     unit: str | None = None
     target_mean: float = 0.0
@@ -72,6 +74,8 @@ class CheckpointMeta:
             raise ValueError(f"max_neighbors = {self.max_neighbors!r}; it must be a whole number from 1")
         if self.compat not in (None, "comformer"):
             raise ValueError(f"compat = {self.compat!r}; choose 'comformer' or None")
+        if not 0 <= self.shell_tolerance < 1:
+            raise ValueError(f"shell_tolerance = {self.shell_tolerance!r}; it must lie in [0, 1)")
         if not (math.isfinite(self.target_mean) and math.isfinite(self.target_std) and self.target_std > 0):
             raise ValueError(
                 f"target_mean = {self.target_mean}, target_std = {self.target_std}; both must be finite and "

@@ -243,6 +243,7 @@ def build_graph(
     max_neighbors: int = 25,
     compat: str | None = None,
     *,
+    shell_tolerance: float = SHELL_TOLERANCE,
     threads: int | None = None,
     max_edges: int | None = None,
 ) -> CrystalGraph:
@@ -263,6 +264,7 @@ def build_graph(
         compat: "comformer" builds edges and frame as ComFormer's published builder does, for checkpoints
             trained on its graphs: shells cut where rounding cuts them, pairs closer than 0.15 Å ignored,
             edges between images of one atom twice, frame from the given cell.
+        shell_tolerance: relative width of a shell; of `compat` graphs, which know no shells, the default.
         threads: threads over the crystals, at most one a core; torch's number when absent. The result does
             not depend on it.
         max_edges: on a CUDA device: room for so many edges, so that the host need not wait for their number;
@@ -272,14 +274,27 @@ def build_graph(
     Raises:
         TypeError: as `neighbor_list`.
         ValueError: as `neighbor_list`; for an unknown `compat`; with "comformer", for a crystal that is not
-            periodic in three directions, and for `max_edges`.
+            periodic in three directions, for another `shell_tolerance`, and for `max_edges`.
 
     Source: arXiv 2403.11857 (ComFormer) and its published program, for `compat="comformer"`.
     """
     if compat not in (None, "comformer"):
         raise ValueError(f"compat = {compat!r}; choose None or 'comformer'")
+    if not 0 <= shell_tolerance < 1:
+        raise ValueError(f"shell_tolerance = {shell_tolerance}; it must lie in [0, 1)")
+    if compat is not None and shell_tolerance != SHELL_TOLERANCE:
+        raise ValueError(
+            f"shell_tolerance = {shell_tolerance} with compat = {compat!r}, whose graphs have no tolerance; "
+            "leave one of them out"
+        )
     if compat is None and crystals.numbers.is_cuda:
-        neighbors = neighbor_list(crystals, max_neighbors=max_neighbors, threads=threads, max_edges=max_edges)
+        neighbors = neighbor_list(
+            crystals,
+            max_neighbors=max_neighbors,
+            shell_tolerance=shell_tolerance,
+            threads=threads,
+            max_edges=max_edges,
+        )
         edges = neighbors.edge_index, neighbors.edge_vec, neighbors.row_ptr
         first_fault = None if neighbors.status is None else neighbors.status.device_values[1:]
         frame = frames_cuda.lattice_frames(crystals, *edges, first_fault)
@@ -292,7 +307,9 @@ def build_graph(
             built = _C.comformer_graph(arrays, **options)
         else:
             numbers = crystals.numbers.contiguous().numpy()
-            built = _C.crystal_graph(arrays, numbers=numbers, shell_tolerance=SHELL_TOLERANCE, **options)
+            built = _C.crystal_graph(
+                arrays, numbers=numbers, shell_tolerance=float(shell_tolerance), **options
+            )
         frame = torch.from_numpy(built.pop("frame"))
         neighbors = NeighborList(**{name: torch.from_numpy(array) for name, array in built.items()})
     return CrystalGraph(
@@ -315,6 +332,7 @@ def network_input(
     *,
     max_neighbors: int,
     compat: str | None,
+    shell_tolerance: float = SHELL_TOLERANCE,
     num_edges: int | None = None,
 ) -> CrystalGraph:
     """Build the graphs that a network takes: on its device, with lengths in its floating-point type.
@@ -326,7 +344,7 @@ def network_input(
         crystals: B crystals, best on the CPU.
         device: where the network is.
         dtype: the network's floating-point type.
-        max_neighbors, compat: see `build_graph`.
+        max_neighbors, compat, shell_tolerance: see `build_graph`.
         num_edges: how many edges there are, where that is known: a CUDA device then builds the graphs without
             the host waiting; `CrystalGraph.check_status` waits, later.
 
@@ -340,7 +358,13 @@ def network_input(
     if compat is None and device.type == "cuda":
         crystals = crystals.to(device)
     max_edges = num_edges if compat is None and crystals.numbers.is_cuda else None
-    graph = build_graph(crystals, max_neighbors=max_neighbors, compat=compat, max_edges=max_edges)
+    graph = build_graph(
+        crystals,
+        max_neighbors=max_neighbors,
+        compat=compat,
+        shell_tolerance=shell_tolerance,
+        max_edges=max_edges,
+    )
     return graph.to(device=device, dtype=dtype)
 
 

@@ -249,7 +249,12 @@ def predict_crystals(
     def graph(crystals: CrystalBatch) -> CrystalGraph:
         check(crystals, len(crystals.numbers) * meta.max_neighbors)  # there are at least so many
         built = network_input(
-            crystals, parameter.device, parameter.dtype, max_neighbors=meta.max_neighbors, compat=meta.compat
+            crystals,
+            parameter.device,
+            parameter.dtype,
+            max_neighbors=meta.max_neighbors,
+            compat=meta.compat,
+            shell_tolerance=meta.shell_tolerance,
         )
         check(crystals, built.num_edges)
         return built

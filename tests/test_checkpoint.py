@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -56,6 +57,13 @@ def test_round_trip(saved):
     assert state.keys() == model.state_dict().keys()
     for name, value in model.state_dict().items():
         assert torch.equal(state[name], value), name
+
+
+def test_metadata_of_older_checkpoints_are_completed(saved):
+    meta = saved[2]
+    older = asdict(meta)
+    del older["shell_tolerance"]
+    assert CheckpointMeta.from_dict(older) == meta
 
 
 def test_load_model_takes_a_run_folder_and_is_in_eval_mode(saved):

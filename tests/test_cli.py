@@ -297,7 +297,8 @@ def test_a_checkpoint_and_a_contradicting_configuration(runs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("key", "given", "kept"), [("max_neighbors", "9", "8"), ("compat", "comformer", "null")]
+    ("key", "given", "kept"),
+    [("max_neighbors", "9", "8"), ("compat", "comformer", "null"), ("shell_tolerance", "0.01", "0.0001")],
 )
 def test_a_checkpoint_and_contradicting_graphs(key, given, kept, runs, tmp_path):
     arguments = ["finetune", "--from", runs[0] / "pretrain", *TINY[4:], "-s", f"data.{key}={given}"]

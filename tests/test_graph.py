@@ -160,7 +160,7 @@ def test_graphs_for_a_network_are_built_where_it_is(monkeypatch, device, compat,
         return crystals
 
     def build_here(crystals, **how):
-        expected = {"max_neighbors": 6, "compat": compat, "max_edges": None}
+        expected = {"max_neighbors": 6, "compat": compat, "shell_tolerance": 1e-4, "max_edges": None}
         assert (places[-1], how) == (torch.device(built_on), expected)
         return build(crystals, **how)
 
@@ -184,3 +184,15 @@ def test_elements_that_networks_do_not_know_are_told_before_the_device_sees_them
     monkeypatch.setattr(graph_module, "build_graph", None)
     with pytest.raises(ValueError, match=r"structure '1', atom 1: .* number 101; leave the structure out"):
         graph_module.network_input(batch, torch.device("cuda"), max_neighbors=6, compat=None)
+
+
+def test_shells_as_wide_as_asked_for():
+    batch = batch_of(CUBIC)
+    k = 5  # of the six nearest, which are equally far
+    whole, cut = (build_graph(batch, k, shell_tolerance=tolerance) for tolerance in (1e-4, 0.45))
+    assert whole.num_edges == 6 * whole.num_atoms
+    assert cut.num_edges == 18 * cut.num_atoms  # with those across the faces' diagonals, 1.41 times as far
+    with pytest.raises(ValueError, match=r"shell_tolerance = 1\.5; it must lie in \[0, 1\)"):
+        build_graph(batch, k, shell_tolerance=1.5)
+    with pytest.raises(ValueError, match=r"shell_tolerance = 0\.01 with compat = 'comformer'"):
+        build_graph(batch, k, compat="comformer", shell_tolerance=0.01)

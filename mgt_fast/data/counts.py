@@ -44,6 +44,7 @@ def edge_counts(
     compat: str | None = None,
     console: Console | None = None,
     *,
+    shell_tolerance: float = SHELL_TOLERANCE,
     indices: np.ndarray | None = None,
     ranks: Ranks | None = None,
 ) -> np.ndarray:
@@ -53,7 +54,7 @@ def edge_counts(
 
     Args:
         dataset: n crystals.
-        max_neighbors, compat: of the graphs; see `build_graph`.
+        max_neighbors, compat, shell_tolerance: of the graphs; see `build_graph`.
         console: where to show progress; nowhere when absent.
         indices: positions of crystals, (k,) int64: others need not be counted and may be 0. None for all.
         ranks: that divide the counting and all get the result; all must call this. None for a single one.
@@ -63,13 +64,19 @@ def edge_counts(
         ValueError: for wrong arguments, as `build_graph`.
     """
     if compat is None:
-        stored = dataset.stored_edge_counts(max_neighbors, SHELL_TOLERANCE)
+        stored = dataset.stored_edge_counts(max_neighbors, shell_tolerance)
         if stored is not None:
             return stored
     ranks = ranks or Ranks.alone()
     with ranks.together():
         counts = count_edges(
-            dataset, max_neighbors, compat, console, indices=indices, share=(ranks.rank, ranks.size)
+            dataset,
+            max_neighbors,
+            compat,
+            console,
+            shell_tolerance=shell_tolerance,
+            indices=indices,
+            share=(ranks.rank, ranks.size),
         )
     counts = ranks.sum_(torch.from_numpy(counts)).numpy()
     if indices is None:
@@ -85,27 +92,29 @@ def count_edges(
     compat: str | None = None,
     console: Console | None = None,
     *,
+    shell_tolerance: float = SHELL_TOLERANCE,
     indices: np.ndarray | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> np.ndarray:
     """Count edges, whatever is stored; on all cores, in pieces of bounded memory.
 
     Args:
-        dataset, max_neighbors, compat, console: as for `edge_counts`.
+        dataset, max_neighbors, compat, console, shell_tolerance: as for `edge_counts`.
         indices: positions of the crystals to count, (k,) int64; None for all.
         share: (i, m) counts only the i-th of m shares, which have about as many atoms.
 
     Returns:
         Edges of each of these crystals, (k,) int32; 0 where there is no graph, and in other shares.
     """
-    _edges_of(_EMPTY, max_neighbors, compat)  # wrong arguments are no fault of the first crystal
+    kind = (max_neighbors, compat, shell_tolerance)
+    _edges_of(_EMPTY, *kind)  # wrong arguments are no fault of the first crystal
     num_atoms = dataset.num_atoms if indices is None else dataset.num_atoms[indices]
     counts = np.zeros(len(num_atoms), np.int32)
     with _progress(console, len(counts)) as reached:
         # Shares keep pace with one another, so that where one is, all are.
         for start, stop in islice(_pieces(num_atoms), share[0], None, share[1]):
             chosen = np.arange(start, stop) if indices is None else indices[start:stop]
-            _count_into(counts[start:stop], dataset, chosen, max_neighbors, compat)
+            _count_into(counts[start:stop], dataset, chosen, kind)
             reached(stop)
     return counts
 
@@ -116,13 +125,14 @@ def require_graphs(
     indices: np.ndarray,
     max_neighbors: int,
     compat: str | None = None,
+    shell_tolerance: float = SHELL_TOLERANCE,
 ) -> None:
     """Raise ValueError if one of the crystals `indices` has no graph, naming the first and saying why."""
     missing = np.asarray(indices)[counts[indices] == 0]
     if not len(missing):
         return
     try:
-        build_graph(dataset.gather(missing[:1]), max_neighbors, compat)
+        build_graph(dataset.gather(missing[:1]), max_neighbors, compat, shell_tolerance=shell_tolerance)
     except ValueError as error:
         raise ValueError(
             f"{len(missing)} of {len(indices)} crystals have no graph with max_neighbors = {max_neighbors}; "
@@ -148,25 +158,33 @@ def _pieces(num_atoms: np.ndarray) -> Iterator[tuple[int, int]]:
 
 
 def _count_into(
-    counts: np.ndarray, dataset: CrystalDataset, indices: np.ndarray, max_neighbors: int, compat: str | None
+    counts: np.ndarray,
+    dataset: CrystalDataset,
+    indices: np.ndarray,
+    kind: tuple[int, str | None, float],
 ) -> None:
     """Count the edges of consecutive crystals; where one has no graph, halve until it stands alone."""
     try:
-        counts[:] = _edges_of(dataset.gather(indices), max_neighbors, compat)
+        counts[:] = _edges_of(dataset.gather(indices), *kind)
     except ValueError:
         if len(indices) == 1:
             return
         middle = len(indices) // 2
         for part in (slice(None, middle), slice(middle, None)):
-            _count_into(counts[part], dataset, indices[part], max_neighbors, compat)
+            _count_into(counts[part], dataset, indices[part], kind)
 
 
-def _edges_of(crystals: CrystalBatch, max_neighbors: int, compat: str | None) -> np.ndarray:
+def _edges_of(
+    crystals: CrystalBatch, max_neighbors: int, compat: str | None, shell_tolerance: float
+) -> np.ndarray:
     threads = max(len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
     if compat is None:
-        row_ptr = neighbor_list(crystals, max_neighbors=max_neighbors, threads=threads).row_ptr
+        options = {"max_neighbors": max_neighbors, "shell_tolerance": shell_tolerance}
+        row_ptr = neighbor_list(crystals, **options, threads=threads).row_ptr
     else:
-        row_ptr = build_graph(crystals, max_neighbors, compat, threads=threads).row_ptr
+        row_ptr = build_graph(
+            crystals, max_neighbors, compat, shell_tolerance=shell_tolerance, threads=threads
+        ).row_ptr
     return row_ptr[crystals.batch_ptr].diff().numpy()
 
 

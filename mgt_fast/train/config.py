@@ -27,6 +27,7 @@ from pydantic import (
 )
 
 from ..config import MGTConfig
+from ..graph import SHELL_TOLERANCE
 
 CONFIG_DIR = Path(__file__).parent.parent / "configs"
 _LARGEST_FILE = 2**18  # bytes
@@ -48,6 +49,7 @@ class DataConfig(_Section):
         path: prepared dataset (see `mgt-fast prepare`); null is the bundled Materials Project set.
         max_neighbors: nearest neighbours an atom is given at least; shells are kept whole.
         compat: "comformer" builds the graphs of the published program, null those of `graph.build_graph`.
+        shell_tolerance: relative width of a shell: distances no farther apart count as equal.
         fractions: null uses the dataset's own train/val/test parts; three numbers adding up to 1 draw
             parts at random (with `seed`) instead.
         split_file: file that names the crystals of each part, instead of the dataset's own parts: JSON
@@ -61,6 +63,7 @@ class DataConfig(_Section):
     path: Path | None = None
     max_neighbors: PositiveInt = 25
     compat: Literal["comformer"] | None = None
+    shell_tolerance: Annotated[float, Field(ge=0, lt=1)] = SHELL_TOLERANCE
     fractions: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] | None = None
     split_file: Path | None = None
     limit: PositiveInt | None = None

@@ -137,6 +137,8 @@ def evaluate(
     if not len(indices):
         raise DataError(f"no crystal of the dataset has a {name}")
     device = next(model.parameters()).device
-    source = GraphSource(dataset, meta.max_neighbors, meta.compat, device)
+    source = GraphSource(
+        dataset, meta.max_neighbors, meta.compat, device, shell_tolerance=meta.shell_tolerance
+    )
     table = predict_part(model, source, indices, batch_size, ranks or Ranks())
     return Evaluation(table, targets[indices], missing)

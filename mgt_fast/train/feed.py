@@ -18,7 +18,7 @@ import torch
 from ..data import CrystalDataset
 from ..data.resident import ResidentCrystals
 from ..distributed import Ranks
-from ..graph import CrystalGraph, network_input
+from ..graph import SHELL_TOLERANCE, CrystalGraph, network_input
 from ..kernels.random import fork_keys, stream_key
 from ..profiling import span
 from ..structures import CrystalBatch
@@ -38,6 +38,7 @@ class GraphSource:
         max_neighbors, compat: see `graph.build_graph`.
         device: of the network.
         resident: the same crystals in the device's memory, if they are held there.
+        shell_tolerance: see `graph.build_graph`.
     """
 
     dataset: CrystalDataset
@@ -45,6 +46,7 @@ class GraphSource:
     compat: str | None
     device: torch.device
     resident: ResidentCrystals | None = None
+    shell_tolerance: float = SHELL_TOLERANCE
 
     @property
     def resident_bytes(self) -> int:
@@ -66,6 +68,7 @@ class GraphSource:
                 self.device,
                 max_neighbors=self.max_neighbors,
                 compat=self.compat,
+                shell_tolerance=self.shell_tolerance,
                 num_edges=num_edges,
             )
 

@@ -247,6 +247,7 @@ def finetuning_task(
         model=config.model,
         max_neighbors=config.data.max_neighbors,
         compat=config.data.compat,
+        shell_tolerance=config.data.shell_tolerance,
         target=config.data.target,
         unit=dataset.target_units[config.data.target] or None,
         target_mean=scaling.mean,

@@ -156,6 +156,7 @@ def pretrain(
                 model=config.model,
                 max_neighbors=config.data.max_neighbors,
                 compat=config.data.compat,
+                shell_tolerance=config.data.shell_tolerance,
                 dataset=digest,
                 split=split,
                 epoch=epoch,

@@ -27,7 +27,7 @@ from .plan import MemoryBudget
 
 # What a checkpoint fixes about the network that continues from it, and about its graphs.
 ENCODER_SIZES = ("channels", "num_scalars", "num_vectors", "num_blocks")
-GRAPH_KEYS = ("max_neighbors", "compat")
+GRAPH_KEYS = ("max_neighbors", "compat", "shell_tolerance")
 
 
 def start_torch(config: RunConfig) -> torch.device:
@@ -68,10 +68,11 @@ def planned_edges(
         RankError: if another rank failed.
         ValueError: if one of the crystals `indices` has no graph.
     """
-    kind = config.data.max_neighbors, config.data.compat
-    edges = edge_counts(dataset, *kind, console if ranks.is_main else None, indices=indices, ranks=ranks)
+    graphs = {name: getattr(config.data, name) for name in GRAPH_KEYS}
+    shown = console if ranks.is_main else None
+    edges = edge_counts(dataset, **graphs, console=shown, indices=indices, ranks=ranks)
     with ranks.together():
-        require_graphs(dataset, edges, indices, *kind)
+        require_graphs(dataset, edges, indices, **graphs)
     return edges
 
 
@@ -113,7 +114,9 @@ def graph_source(
         ConfigError: if they shall be resident on a device that is no CUDA device, or with "comformer" graphs.
     """
     data = config.data
-    source = GraphSource(dataset, data.max_neighbors, data.compat, device)
+    source = GraphSource(
+        dataset, data.max_neighbors, data.compat, device, shell_tolerance=data.shell_tolerance
+    )
     possible = device.type == "cuda" and data.compat is None
     if data.resident and not possible:
         raise ConfigError(
@@ -168,7 +171,7 @@ def check_fits_checkpoint(config: RunConfig, meta: CheckpointMeta) -> None:
         raise ConfigError("; ".join(faults) + "; leave these keys out to take the checkpoint's")
 
 
-def _in_yaml(value: int | str | None) -> str:
+def _in_yaml(value: float | str | None) -> str:
     return "null" if value is None else str(value)
 
 

@@ -34,6 +34,19 @@ def test_edges_are_counted(tmp_path, monkeypatch, crystals, compat, piece):
     assert found.tolist() == edges_one_by_one(dataset, 5, compat)
 
 
+def test_edges_of_other_shells(tmp_path, crystals):
+    """What is stored belongs to the tolerance it was counted with."""
+    wrong = {(5, SHELL_TOLERANCE): np.full(23, 1000, np.int32)}
+    dataset = CrystalDataset.open(write(tmp_path / "d", crystals, edge_counts=wrong))
+    assert (edge_counts(dataset, 5) == 1000).all()
+    exact, wide = (edge_counts(dataset, 5, shell_tolerance=tolerance) for tolerance in (0.0, 0.3))
+    for found, tolerance in ((exact, 0.0), (wide, 0.3)):
+        graphs = [build_graph(dataset.gather([i]), 5, shell_tolerance=tolerance) for i in range(23)]
+        assert found.tolist() == [graph.num_edges for graph in graphs]
+    assert (exact <= wide).all()
+    assert (exact < wide).any()
+
+
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_shares_are_disjoint_and_add_up(tmp_path, monkeypatch, crystals, size):
     monkeypatch.setattr(counts, "PIECE_ATOMS", 7)

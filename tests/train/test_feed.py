@@ -78,4 +78,5 @@ def test_graphs_are_made_for_the_device_of_the_network(dataset, monkeypatch):
     device = torch.device("cuda", 1)
     GraphSource(dataset, max_neighbors=6, compat="comformer", device=device).graph(np.array([3]))
     name = dataset.ids[3]
-    assert asked == [((name,), (device,), {"max_neighbors": 6, "compat": "comformer", "num_edges": None})]
+    options = {"max_neighbors": 6, "compat": "comformer", "shell_tolerance": 1e-4, "num_edges": None}
+    assert asked == [((name,), (device,), options)]
