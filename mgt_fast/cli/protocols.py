@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .common import OverwriteOption, WorkersOption, app, err, out, reported_errors
+from .common import OverwriteOption, SetOption, WorkersOption, app, err, out, reported_errors
 
 protocols = typer.Typer(
     no_args_is_help=True,
@@ -77,3 +77,57 @@ def prepare(
             typer.echo(str(summary))
         for line in prepared.lines():
             typer.echo(line)
+
+
+@protocols.command()
+def run(
+    name: NameArgument,
+    data: Annotated[Path | None, typer.Option("--data", "-d", help=_PREPARED)] = None,
+    start: Annotated[
+        Path | None, typer.Option("--from", help="Pretrained checkpoint or run folder; scratch when absent.")
+    ] = None,
+    recipe: Annotated[
+        str, typer.Option("--recipe", help="Which of the protocol's settings: published, tuned, ...")
+    ] = "published",
+    set_: SetOption = None,
+    fold: Annotated[
+        list[int] | None, typer.Option("--fold", help="Run this fold alone; repeatable. All when absent.")
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option("--seeds", metavar="0,1,2", help="Seeds to run; the settings' when absent.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder of the runs; runs/protocol-<name> when absent."),
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show what each run says.")] = False,
+) -> None:
+    """Fine-tune on every fold of a prepared protocol; print our test error beside the published ones.
+
+    The same command in the same folder goes on where it was stopped. It leaves protocol.json, .csv, .md and
+    .png.
+    """
+    with reported_errors():
+        from ..protocols.recipe import find_recipe
+        from ..protocols.run import run_protocol
+
+        run_protocol(
+            find_recipe(name),
+            _prepared(name, data),
+            output or Path("runs") / f"protocol-{name}",
+            out,
+            variant=recipe,
+            overrides=set_ or (),
+            start=start,
+            folds=fold,
+            seeds=_numbers(seeds),
+            verbose=verbose,
+        )
+
+
+def _numbers(text: str | None) -> list[int] | None:
+    """Turn "0,1,2" into [0, 1, 2]."""
+    try:
+        return None if text is None else [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--seeds {text}: expected whole numbers with commas between them") from None
