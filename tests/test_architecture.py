@@ -28,7 +28,7 @@ LAYERS = [
     {"model", "losses", "importer", "data", "reference"},
     {"checkpoint", "inference", "predictions"},
     {"train", "plots"},
-    {"studies"},
+    {"report", "studies"},
     {"protocols"},
     {"cli", "demo"},
 ]
