@@ -47,3 +47,39 @@ def router(
             batch_size=batch_size,
             device=device,
         )
+
+
+@app.command()
+def completeness(
+    model: ModelsOption = None,
+    neighbors: Annotated[
+        str, typer.Option("--neighbors", metavar="K,K,...", help="Numbers of neighbours to probe at.")
+    ] = "12,25",
+    seeds: Annotated[
+        str, typer.Option("--seeds", metavar="N,N,...", help="Of the networks of random weights.")
+    ] = "0,1,2,3,4",
+    output: StudyFolderOption = None,
+) -> None:
+    """Probe which views tell distinct crystals apart that distances, or one view, confuse.
+
+    Thirteen pairs of crystals are embedded by networks of random weights in float64; with --model also by
+    trained ones, whose predictions are compared. The report stands in completeness.json, .csv, .md and .png.
+    """
+    with reported_errors():
+        from ..studies.completeness import completeness_study
+
+        completeness_study(
+            output or new_folder("completeness"),
+            out,
+            model or [],
+            _numbers(neighbors, "--neighbors", 1),
+            _numbers(seeds, "--seeds", 0),
+        )
+
+
+def _numbers(text: str, option: str, least: int) -> list[int]:
+    """Turn "12,25" into [12, 25]."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) >= least for part in parts) or len(set(parts)) < len(parts):
+        raise ValueError(f"{option} {text}: expected different whole numbers from {least} on, as 12,25")
+    return [int(part) for part in parts]

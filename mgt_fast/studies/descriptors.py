@@ -199,10 +199,11 @@ def _one_by_one(crystals: CrystalBatch) -> Iterator[tuple[np.ndarray, ...]]:
 def _symmetry(numbers: np.ndarray, frac_coords: np.ndarray, cell: np.ndarray, pbc: np.ndarray) -> Symmetry:
     if not pbc.all():
         return Symmetry(problem="not periodic in three directions")
+    structure = Structure(Lattice(cell), numbers.tolist(), frac_coords)
     try:
-        analyzer = SpacegroupAnalyzer(
-            Structure(Lattice(cell), numbers.tolist(), frac_coords), symprec=SYMMETRY_PRECISION
-        )
-        return Symmetry(analyzer.get_crystal_system(), analyzer.get_space_group_number())
+        with warnings.catch_warnings():  # of how pymatgen calls spglib
+            warnings.simplefilter("ignore", DeprecationWarning)
+            analyzer = SpacegroupAnalyzer(structure, symprec=SYMMETRY_PRECISION)
+            return Symmetry(analyzer.get_crystal_system(), analyzer.get_space_group_number())
     except Exception as error:  # spglib and pymatgen raise types of their own, and TypeError, for bad cells
         return Symmetry(problem=f"{type(error).__name__}: {error}")
