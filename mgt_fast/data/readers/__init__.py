@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from . import ase_files, cif, crystallm, json_lists, table
+from . import ase_files, cif, crystallm, json_lists, table, torch_files
 from .base import PrepareError, RawRecord, Source
 
 READERS: dict[str, Callable[[Source], Iterator[RawRecord]]] = {
@@ -20,6 +20,8 @@ READERS: dict[str, Callable[[Source], Iterator[RawRecord]]] = {
     "matbench": partial(json_lists.read, layout="matbench"),
     "atoms": partial(json_lists.read, layout="atoms"),
     "crystallm": crystallm.read,
+    "tensor-pickle": torch_files.read_tensor_pickle,
+    "gmae": torch_files.read_gmae,
 }
 FORMATS = tuple(READERS)
 STRUCTURE_FILES = ("cif", "poscar")  # formats whose files hold a structure and no targets

@@ -88,6 +88,11 @@ def read(source: Source, layout: str | None = None) -> Iterator[RawRecord]:
         return
     if not isinstance(content, list):
         raise PrepareError(f"{source.name}: format {layout!r} is a JSON list, found {type(content).__name__}")
+    yield from read_items(source, content, layout)
+
+
+def read_items(source: Source, content: list, layout: str) -> Iterator[RawRecord]:
+    """Yield the items of a list as records."""
     keys, _ = LAYOUTS[layout]
     for number, item in enumerate(content, 1):
         where, name = f"{source.name}: item {number}", f"{source.stem}-{number}"
