@@ -13,6 +13,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 # Colour-blind safe (Okabe and Ito): train, val, test.
 COLORS = {"train": "#0072B2", "val": "#E69F00", "test": "#009E73"}
+PALETTE = (*COLORS.values(), "#D55E00", "#CC79A7", "#56B4E9")
 STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
 
 
@@ -119,4 +120,43 @@ def plot_router(
             ylabel="share of the SO(3) view",
             ylim=(0, 1),
         )
+        figure.savefig(path, dpi=150)
+
+
+def plot_spread(
+    path: str | Path,
+    x_label: str | None,
+    x: Sequence[str] | Sequence[float],
+    panels: Mapping[str, Mapping[str, Sequence[Sequence[float]]]],
+) -> None:
+    """Draw every run's value as a point beside the mean of its arm, and write a PNG.
+
+    Args:
+        path: the picture.
+        x_label: what changes along the axis.
+        x: names, or numbers above 0 on a logarithmic axis, where lines join the means.
+        panels: axis label to the series by name; for each x a series has its runs' values.
+    """
+    numeric = not any(isinstance(value, str) for value in x)
+    with mpl.rc_context(STYLE):
+        figure, axes = _figure(max(4.4, 0.9 * len(x) + 1.2) * len(panels), 3.4, len(panels))
+        for ax, (label, series) in zip(axes, panels.items(), strict=True):
+            for number, (name, values) in enumerate(series.items()):
+                color = PALETTE[number % len(PALETTE)]
+                shift = 0.0 if numeric else 0.22 * (number - (len(series) - 1) / 2)
+                places = list(x) if numeric else [place + shift for place in range(len(x))]
+                for place, runs in zip(places, values, strict=True):
+                    ax.plot([place] * len(runs), runs, "o", color=color, alpha=0.45, markersize=4)
+                means = [np.mean(runs) for runs in values]
+                line = "-" if numeric else "none"
+                ax.plot(places, means, color=color, linestyle=line, marker="_", markersize=14, label=name)
+            if numeric:
+                ax.set_xscale("log")
+                ax.set_xticks(x, [f"{value:g}" for value in x])
+                ax.xaxis.set_minor_formatter(NullFormatter())
+            else:
+                ax.set_xticks(range(len(x)), x)
+            ax.set(xlabel=x_label, ylabel=label)
+            if len(series) > 1:
+                ax.legend()
         figure.savefig(path, dpi=150)

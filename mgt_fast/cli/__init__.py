@@ -3,7 +3,7 @@
 Commands import what they need when they run, so that `--help` is quick.
 """
 
-from . import prepare, train, predict, report, router, protocols, demo  # noqa: I001  as in --help
+from . import prepare, train, predict, report, studies, router, protocols, demo  # noqa: I001  as in --help
 from .common import app
 
-__all__ = ["app", "demo", "predict", "prepare", "protocols", "report", "router", "train"]
+__all__ = ["app", "demo", "predict", "prepare", "protocols", "report", "router", "studies", "train"]

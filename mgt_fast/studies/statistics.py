@@ -17,6 +17,13 @@ from scipy import stats
 CONFIDENCE = 0.95
 RESAMPLES = 9999
 UNRESOLVED = "not resolved"
+CORRECTION = (
+    "± is the half-width of a 95 % confidence interval over seeds (Student's t, paired). Two p values: a "
+    "paired t-test over seeds, and Wilcoxon's signed-rank test over crystals, whose errors are averaged over "
+    "seeds; each is corrected for the number of comparisons by Holm's method. A difference is resolved only "
+    "if seeds and crystals both exclude that there is none."
+)
+"""How a report explains its comparisons."""
 
 Errors = Mapping[str, float]
 """Absolute error of each crystal, by its id."""
@@ -85,6 +92,16 @@ class Comparison:
         if not both or self.seeds.difference * self.crystals.difference <= 0:
             return UNRESOLVED
         return "better" if self.seeds.difference < 0 else "worse"
+
+    def columns(self) -> dict[str, float | str]:
+        """Return what a table shows of it: difference, margin (half the interval), p values, verdict."""
+        return {
+            "difference": self.seeds.difference,
+            "margin": (self.seeds.high - self.seeds.low) / 2,
+            "p_seeds": self.seeds.p_value,
+            "p_crystals": self.crystals.p_value,
+            "verdict": self.verdict,
+        }
 
     def sentence(self, unit: str | None = None) -> str:
         """Say what the comparison found, with all its figures."""

@@ -100,6 +100,24 @@ class TrialResult:
         chosen = found.part == self.part
         return dict(zip(found.ids[chosen], abs(found.error[chosen]).tolist(), strict=True))
 
+    @cached_property
+    def unit(self) -> str | None:
+        """Unit of the target; None if it has none."""
+        return read_predictions(self.folder / PREDICTIONS).unit
+
+    def record(self) -> dict[str, Any]:
+        """Return the trial's factors and figures, a row of a study's raw figures."""
+        found = self.results[self.part]
+        return {
+            **self.trial.factors,
+            "part": self.part,
+            "mae": self.mae,
+            "rmse": found["model"]["rmse"],
+            "trivial_mae": found["mean"]["mae"],
+            "epochs": self.results["epochs"],
+            "seconds_per_epoch": self.seconds_per_epoch,
+        }
+
     @property
     def seconds_per_epoch(self) -> float:
         """Training time of an epoch, in the median."""
