@@ -40,6 +40,7 @@ def configuration() -> str:
             summaries[name] = inspect.getdoc(section).partition("\n\n")[0].replace("\n", " ")
             for key, kind_of_key in _keys(section):
                 text = _plain(_meaning(section, key))
+                text = text[0].upper() + text[1:]
                 keys.setdefault(prefix + key, (kind_of_key, text, {}))[2][name] = _yaml(defaults[key])
     lines = []
     for prefix, (summaries, keys) in sections.items():

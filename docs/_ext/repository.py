@@ -14,6 +14,7 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "bench/README.md": "benchmarks.md",
+    "mgt_fast/data/bundled/README.md": "bundled.md",
 }
 """Pages that show a file of the repository, by its path."""
 
