@@ -26,12 +26,12 @@ def plot_errors(path: Path, recipe: Recipe, score: Score) -> None:
         figure = Figure(figsize=(6.4, 1.4 + 0.32 * (len(names) + 1)), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
-        axes.plot([one.mae for one in published], range(len(names)), "o", color="0.5", label="published")
-        interval = [[score.mae - score.crystals.low], [score.crystals.high - score.mae]]
+        if published:
+            axes.plot([one.mae for one in published], range(len(names)), "o", color="0.5", label="published")
         axes.errorbar(
             [score.mae],
             [len(names)],
-            xerr=None if score.crystals.count < 2 else interval,
+            xerr=None if score.crystals.count < 2 else score.half_interval,
             fmt="o",
             capsize=3,
             color=COLORS["test"],
@@ -44,5 +44,5 @@ def plot_errors(path: Path, recipe: Recipe, score: Score) -> None:
         axes.set_ylim(-0.6, len(names) + 0.6)
         axes.set_xlabel(f"test MAE [{recipe.unit}]" if recipe.unit else "test MAE")
         axes.set_title(recipe.name, loc="left")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.28), ncols=2)
+        figure.legend(loc="outside lower center", ncols=2)
         figure.savefig(path, dpi=150)

@@ -47,6 +47,11 @@ class Score:
     by_seed: Summary
     crystals: Summary
 
+    @property
+    def half_interval(self) -> float:
+        """Half the width of the confidence interval over test crystals; NaN for one crystal."""
+        return (self.crystals.high - self.crystals.low) / 2
+
     @classmethod
     def of(cls, results: Sequence[TrialResult]) -> Score:
         """Summarize the trials of a protocol, the same seeds in every fold."""
@@ -239,8 +244,7 @@ def _claims(recipe: Recipe, name: str, score: Score, not_comparable: bool) -> li
 
 
 def _spreads(score: Score) -> str:
-    half = (score.crystals.high - score.crystals.low) / 2
-    spreads = [f"95 % ± {half:.2g} over {score.crystals.count} test crystals"]
+    spreads = [f"95 % ± {score.half_interval:.2g} over {score.crystals.count} test crystals"]
     if score.by_fold.count > 1:
         spreads.append(f"sd {score.by_fold.sd:.2g} over {score.by_fold.count} folds")
     seeds = score.by_seed

@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pytest
 from rich.console import Console
+from test_cli import invoke
 from test_prepare import QUIET, item, recipe
 from train.small_runs import SETTINGS
 
 from mgt_fast.protocols.prepare import Prepared, prepare_protocol
-from mgt_fast.protocols.recipe import RecipeError
+from mgt_fast.protocols.recipe import RecipeError, find_recipe
 from mgt_fast.protocols.run import Score, report_on, run_protocol, settings
 from mgt_fast.studies.trials import Trial, TrialResult
 from mgt_fast.train.config import ConfigError, FinetuneConfig
@@ -178,3 +179,29 @@ def test_crystals_without_labels_are_not_run(tmp_path):
     assert (summary.stored, found.sizes) == (3, ())
     with pytest.raises(RecipeError, match=r"mgt-fast pretrain --set data\.path="):
         run_protocol(unlabelled, tmp_path / "toy", tmp_path / "out", Console(quiet=True))
+
+
+def test_the_bundled_protocol_runs_from_the_command_line(tmp_path):
+    sets = [part for text in [*TINY, "data.limit=6"] for part in ("--set", text)]
+    invoke("protocol", "prepare", "bundled", "-o", tmp_path / "prepared")
+    arguments = ("protocol", "run", "bundled", "-d", tmp_path / "prepared", "-o", tmp_path / "run", *sets)
+    result = invoke(*arguments, "--seeds", "7")
+    assert "at most 6 crystals of each part were used" in result.output
+    report = json.loads((tmp_path / "run" / "protocol.json").read_text())
+    assert [(row["fold"], row["seed"], row["crystals"]) for row in report["records"]] == [(0, 7, 6)]
+    assert report["settings"]["config"]["data"]["path"] is None
+    assert "--seeds 7,x: expected whole numbers" in invoke(*arguments, "--seeds", "7,x", status=1).output
+    unprepared = invoke("protocol", "run", "bundled", "-d", tmp_path / "none", status=1).output
+    assert "mgt-fast protocol prepare bundled -o" in unprepared
+
+
+@pytest.mark.parametrize("name", ["agra_o", "matbench_jdft2d"])
+def test_benchmarks_run_from_their_raw_files(shared_data, tmp_path, name):
+    one = find_recipe(name)
+    prepare_protocol(one, tmp_path / "prepared", shared_data, QUIET, workers=0)
+    overrides = [*TINY, "data.limit=6"]
+    report = run_protocol(one, tmp_path / "prepared", tmp_path / "run", QUIET, overrides=overrides, folds=[0])
+    assert [row["crystals"] for row in report.records] == [6]
+    rows = report.tables[0].rows
+    assert {row["model"]: row["mae"] for row in rows[:-1]} == {p.model: p.mae for p in one.published}
+    assert rows[-1]["mae"] == report.records[0]["mae"] > 0
