@@ -85,20 +85,23 @@ def draw(path: str | Path, findings: Sequence[Finding]) -> None:
             for finding in findings:
                 if finding.max_neighbors == count:
                     shown[pairs.index(finding.pair.name)] = _strengths(finding)
-            image = ax.imshow(shown, cmap="viridis", vmin=-12, vmax=0, aspect="auto")
-            for row, column in np.argwhere(np.isnan(shown)):
-                ax.text(column, row, "×", ha="center", va="center", color="#D55E00", fontweight="bold")
+            image = ax.imshow(
+                np.where(shown < 0, shown, np.nan), cmap="viridis", vmin=-12, vmax=0, aspect="auto"
+            )
+            for row, column in np.argwhere(~(shown < 0)):
+                mark, color = ("×", "#D55E00") if np.isnan(shown[row, column]) else ("✓", "0.4")
+                ax.text(column, row, mark, ha="center", va="center", color=color, fontweight="bold")
             ax.set_xticks(range(len(columns)), columns, rotation=35, ha="right", fontsize=8)
             ax.set_yticks(range(len(pairs)), pairs, fontsize=8)
             ax.tick_params(length=0)
             ax.set_title(f"{count} neighbours")
         bar = figure.colorbar(image, ax=panels, shrink=0.8)
-        bar.set_label("log₁₀ relative distance; ×: confused")
+        bar.set_label("log₁₀ relative distance\n×: confused   ✓: separated")
         figure.savefig(path, dpi=150)
 
 
 def _strengths(finding: Finding) -> list[float]:
-    """Return log10 of the distances, 0 where a baseline separates, NaN where anything confuses."""
+    """Return log10 of the views' distances, 0 for a baseline that separates, NaN for what confuses."""
     baselines = [0.0 if finding.baselines[name] else math.nan for name in BASELINES]
     views = [finding.views[name] for name in VIEWS]
     return baselines + [
