@@ -69,7 +69,7 @@ def tetrahedral(stacking: str, elements: tuple[str, str] = ("Zn", "S"), bond: fl
 
 def quartz(handedness: int) -> Structure:
     """Build α-quartz: P3₂21 (handedness 1), or its mirror image in P3₁21 (−1)."""
-    lattice = Lattice.hexagonal(4.9137, 5.4047)
+    lattice = Lattice.hexagonal(4.916, 5.4054)
     coords = np.array([[0.4697, 0, 2 / 3], [0.4135, 0.2669, 0.1191 + 2 / 3]])
     coords[:, 2] *= handedness
     # The reflection z → −z maps one group's axes on the other's.
@@ -138,6 +138,7 @@ def _of(build: Callable[..., Structure], first: tuple, second: tuple) -> Callabl
     return lambda: (build(*first), build(*second))
 
 
+_TEXTBOOK = "Ashcroft and Mermin, Solid State Physics (1976), chapter 4"
 _PATTERSON = "Patterson, Phys. Rev. 65, 195 (1944): cyclotomic homometric sets"
 _ONE_SHELL = "the same shells of neighbours at the same distances, up to the twelfth neighbour and beyond"
 _POLYTYPES = "ACBCBCBCBCAC", "ACBCBCBCACAC"
@@ -146,18 +147,18 @@ _SEQUENCE = (
 )
 
 PAIRS = (
-    Pair("fcc / hcp", _of(close_packed, ("ABC",), ("AB",)), f"{_ONE_SHELL}; only angles differ", "textbook"),
+    Pair("fcc / hcp", _of(close_packed, ("ABC",), ("AB",)), f"{_ONE_SHELL}; only angles differ", _TEXTBOOK),
     Pair(
         "diamond / lonsdaleite",
         _of(tetrahedral, ("ABC", ("C", "C"), 1.54), ("AB", ("C", "C"), 1.54)),
         f"{_ONE_SHELL}; only angles differ",
-        "textbook",
+        _TEXTBOOK,
     ),
     Pair(
         "zincblende / wurtzite",
         _of(tetrahedral, ("ABC",), ("AB",)),
         f"{_ONE_SHELL}; only angles differ",
-        "textbook",
+        _TEXTBOOK,
     ),
     Pair(
         "close-packed 12-layer polytypes",
@@ -175,7 +176,7 @@ PAIRS = (
         "graphite AB / slipped",
         _of(graphite, (1,), (0.5,)),
         "the same sheets, and the twelve nearest neighbours of an atom lie in its own",
-        "textbook",
+        "Bernal, Proc. R. Soc. A 106, 749 (1924), for AB",
     ),
     Pair(
         "bixbyite metals u / −u",
@@ -212,7 +213,19 @@ PAIRS = (
         "environments degenerate in the sense of Pozdnyakov et al., Phys. Rev. Lett. 125, 166001 (2020), on "
         "Patterson's sets",
     ),
-    Pair("α-quartz P3₁21 / P3₂21", _of(quartz, (-1,), (1,)), "mirror images", "textbook", mirror=True),
-    Pair("tellurium P3₁21 / P3₂21", _of(tellurium, (1,), (-1,)), "mirror images", "textbook", mirror=True),
+    Pair(
+        "α-quartz P3₁21 / P3₂21",
+        _of(quartz, (-1,), (1,)),
+        "mirror images",
+        "Levien, Prewitt and Weidner, Am. Mineral. 65, 920 (1980)",
+        mirror=True,
+    ),
+    Pair(
+        "tellurium P3₁21 / P3₂21",
+        _of(tellurium, (1,), (-1,)),
+        "mirror images",
+        "Cherin and Unger, Acta Cryst. 23, 670 (1967)",
+        mirror=True,
+    ),
 )
 """The library of pairs."""
