@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 
 from rich.table import Table
 
-from .recipe import ByFiles, ByFolds, ByIds, ByShuffle, NoSplit, Own, RawFile, Recipe
+from ..train.config import FinetuneConfig, load_config
+from .recipe import ByFiles, ByFolds, ByIds, ByShuffle, NoSplit, Own, RawFile, Recipe, as_overrides
 
 
 def overview(recipes: Iterable[Recipe]) -> Table:
@@ -40,9 +41,8 @@ def _lines(recipe: Recipe) -> Iterator[str]:
             yield f"  target in {source.column!r}"
     if isinstance(recipe.split, ByIds):
         yield f"ids of the parts:\n  {_file(recipe.split.file)}"
-    for name, values in recipe.variants.items() if recipe.target else ():
-        changes = ", ".join(f"{key}={value}" for key, value in values.items()) or "the defaults"
-        yield f"settings {name}: {changes}"
+    for name in recipe.variants if recipe.target else ():
+        yield f"settings {name}: {_settings(recipe, name)}"
     for one in recipe.published:
         note = f"; {one.note}" if one.note else ""
         yield f"published: {one.model} {one.mae:g} {recipe.unit} ({one.source}{note})"
@@ -50,6 +50,21 @@ def _lines(recipe: Recipe) -> Iterator[str]:
         yield f"note: {text}"
     for text in recipe.citation:
         yield f"cite: {text}"
+
+
+def _settings(recipe: Recipe, variant: str) -> str:
+    values = recipe.variant(variant)
+    config = load_config(FinetuneConfig, None, as_overrides(values))
+    data, optim = config.data, config.optim
+    main = {
+        "data.max_neighbors": f"{data.max_neighbors} neighbours",
+        "data.scale_target": f"target {'scaled' if data.scale_target else 'not scaled'}",
+        "optim.batch_size": f"batch {optim.batch_size}",
+        "optim.lr": f"lr {optim.lr:g}",
+        "optim.epochs": f"{optim.epochs} epochs",
+    }
+    others = [f"{key}={value}" for key, value in values.items() if key not in main]
+    return ", ".join([*main.values(), *others])
 
 
 def _file(file: RawFile) -> str:

@@ -4,7 +4,7 @@
 
     dataset/       the crystals, a prepared dataset
     fold-0.json    ids of the train, val and test crystals, for `data.split_file`; one file a fold
-    protocol.json  what was prepared from what; it is written last
+    prepared.json  what was prepared from what; it is written last
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .fetch import choose_source, obtain
 from .recipe import ByFiles, ByFolds, ByIds, ByShuffle, NoSplit, Own, Recipe, RecipeError, Source
 from .splits import Parts, fraction_sizes, hold_out, k_folds, shuffled
 
-DATASET, PROTOCOL = "dataset", "protocol.json"
+DATASET, PREPARED = "dataset", "prepared.json"
 _SHOWN = 10  # ids in a message
 
 
@@ -78,9 +78,9 @@ class Prepared:
             yield f"left out, for they could not be stored: {_some(self.missing)}"
 
     def write(self) -> None:
-        """Write protocol.json."""
+        """Write prepared.json."""
         values = {name: value for name, value in asdict(self).items() if name != "folder"}
-        replace_file(self.folder / PROTOCOL, (json.dumps(values, indent=2) + "\n").encode())
+        replace_file(self.folder / PREPARED, (json.dumps(values, indent=2) + "\n").encode())
 
     @classmethod
     def open(cls, folder: str | Path, recipe: Recipe) -> Prepared:
@@ -90,10 +90,10 @@ class Prepared:
             RecipeError: if it is not there, of another recipe, or its dataset has been changed.
         """
         folder = Path(folder)
-        file = folder / PROTOCOL
+        file = folder / PREPARED
         again = f"prepare it: mgt-fast protocol prepare {recipe.name} -o {folder}"
         if not file.is_file():
-            raise RecipeError(f"{folder} holds no prepared protocol (no {PROTOCOL}); {again}")
+            raise RecipeError(f"{folder} holds no prepared protocol (no {PREPARED}); {again}")
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
             values |= {name: tuple(values[name]) for name in ("repeated", "missing")}
@@ -150,7 +150,7 @@ def prepare_protocol(
         ImportError: see `fetch.obtain`.
     """
     folder, raw = Path(folder), Path(raw)
-    if (folder / PROTOCOL).exists() and not overwrite:
+    if (folder / PREPARED).exists() and not overwrite:
         raise RecipeError(f"{folder} is prepared already; name another folder or pass --overwrite")
     if isinstance(recipe.split, Own):
         dataset, summary, files = CrystalDataset.open(), None, {}

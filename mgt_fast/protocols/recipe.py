@@ -6,6 +6,7 @@ A top-level key that begins with a dot holds what several recipes of the file sh
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from functools import cache
@@ -247,6 +248,11 @@ class Recipe(_Model):
                 f"{self.name} has no settings {name!r}; choose one of {', '.join(self.variants)}"
             )
         return self.variants[name]
+
+
+def as_overrides(values: Mapping[str, Any]) -> list[str]:
+    """Return settings of a recipe as `load_config` takes them."""
+    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
 
 @cache

@@ -6,7 +6,6 @@ same command in the same folder goes on where it was stopped.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from ..train.runlog import FREE_KEYS
 from ..train.setup import resolve_device, values_from_checkpoint
 from .plot import plot_errors
 from .prepare import Prepared
-from .recipe import PUBLISHED, Published, Recipe, RecipeError
+from .recipe import PUBLISHED, Published, Recipe, RecipeError, as_overrides
 
 OURS = "mgt-fast"
 _FIXED = ("data.path", "data.target", "data.split_file", "data.fractions")
@@ -142,7 +141,7 @@ def settings(
     }
     if start is not None:
         base["start"] = Path(start)
-    chosen = [f"{key}={json.dumps(value)}" for key, value in recipe.variant(variant).items()]
+    chosen = as_overrides(recipe.variant(variant))
     return load_config(FinetuneConfig, None, [*chosen, *overrides], base)
 
 

@@ -14,7 +14,8 @@ from test_cli import invoke
 from mgt_fast.data import CrystalDataset
 from mgt_fast.data.manifest import hash_file
 from mgt_fast.protocols.prepare import Prepared, prepare_protocol
-from mgt_fast.protocols.recipe import Recipe, RecipeError, find_recipe, load_recipes
+from mgt_fast.protocols.recipe import Recipe, RecipeError, as_overrides, find_recipe, load_recipes
+from mgt_fast.train.config import FinetuneConfig, load_config
 
 QUIET = Console(quiet=True)
 
@@ -221,8 +222,8 @@ def test_what_is_prepared_is_not_replaced_unasked(tmp_path, raw):
         Prepared.open(tmp_path / "toy", recipe(name="other"))
     with pytest.raises(RecipeError, match="mgt-fast protocol prepare toy -o"):
         Prepared.open(tmp_path, recipe())
-    (tmp_path / "toy" / "protocol.json").write_text("{}")
-    with pytest.raises(RecipeError, match=r"protocol\.json is damaged"):
+    (tmp_path / "toy" / "prepared.json").write_text("{}")
+    with pytest.raises(RecipeError, match=r"prepared\.json is damaged"):
         Prepared.open(tmp_path / "toy", recipe())
 
 
@@ -257,7 +258,12 @@ def test_list_and_show_tell_what_a_protocol_needs():
     listed = invoke("protocol", "list").output
     assert all(name in listed for name in load_recipes())
     shown = invoke("protocol", "show", "mp_bulk_modulus").output
-    for text in ("bulk_megnet_test.pkl", "4,664 / 393 / 393", "data.scale_target=False", "MGT 0.0297"):
+    for text in (
+        "bulk_megnet_test.pkl",
+        "4,664 / 393 / 393",
+        "target not scaled, batch 16, lr 0.0005",
+        "MGT 0.0297",
+    ):
         assert text in shown
     for name in load_recipes():
         invoke("protocol", "show", name)
@@ -301,3 +307,9 @@ def test_matbench_from_lists_of_atoms(shared_data, tmp_path, name):
         assert parts["test"] == fold["test"]
         assert sorted([*parts["train"], *parts["val"]]) == sorted(fold["train"])
         assert len(parts["val"]) == len(fold["train"]) // 10
+
+
+@pytest.mark.parametrize("one", load_recipes().values(), ids=lambda one: one.name)
+def test_the_settings_of_every_recipe_are_valid(one):
+    for variant in one.variants:
+        load_config(FinetuneConfig, None, as_overrides(one.variant(variant)))
