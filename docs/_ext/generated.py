@@ -168,6 +168,8 @@ def _parameter(parameter, hints: dict) -> list[str]:
     metavar = _metavar(parameter, hints)
     names = [metavar] if _is_argument(parameter) else [f"{flag} {metavar}".strip() for flag in parameter.opts]
     said = [_plain(parameter.help or "")]
+    if _is_argument(parameter) and (choices := _choices(hints[parameter.name])):
+        said.append(" or ".join(f"`{choice}`" for choice in choices) + ".")
     if parameter.required and not _is_argument(parameter):
         said.append("Required.")
     elif parameter.default is not None and parameter.default is not False:
@@ -204,27 +206,26 @@ def _metavar(parameter, hints: dict) -> str:
     if getattr(parameter, "is_flag", False):
         return ""
     repeated = "..." if parameter.nargs == -1 else ""
-    hint = hints[parameter.name]
-    choices = [
-        str(value)
-        for one in (hint, *typing.get_args(hint))
-        if typing.get_origin(one) is typing.Literal
-        for value in typing.get_args(one)
-    ]
     if parameter.metavar:
         return parameter.metavar + repeated
-    if choices:
-        return "|".join(choices)
     if _is_argument(parameter):
         return parameter.name.upper() + repeated
-    known = [_METAVARS[one] for one in (hint, *_leaves(hint)) if one in _METAVARS]
-    return known[0]
+    hint = hints[parameter.name]
+    return "|".join(_choices(hint)) or next(_METAVARS[one] for one in _parts(hint) if one in _METAVARS)
 
 
-def _leaves(hint) -> Iterator:
-    for argument in typing.get_args(hint):
-        yield argument
-        yield from _leaves(argument)
+def _choices(hint) -> list[str]:
+    """Return the values that a parameter may have, if only some are allowed."""
+    literals = [one for one in _parts(hint) if typing.get_origin(one) is typing.Literal]
+    return [str(value) for literal in literals for value in typing.get_args(literal)]
+
+
+def _parts(hint) -> Iterator:
+    """Yield a type and the types that it is made of."""
+    yield hint
+    if typing.get_origin(hint) is not typing.Literal:
+        for argument in typing.get_args(hint):
+            yield from _parts(argument)
 
 
 def _directive(name: str, argument: str, *content: str) -> list[str]:
