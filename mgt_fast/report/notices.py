@@ -60,11 +60,10 @@ def _course(run: RunRecord) -> Iterator[Notice]:
         )
     if run.best is not None and len(run.epochs) > 1:
         best, last = run.best[run.monitor], run.epochs[-1].get(run.monitor, np.nan)
-        if run.best is run.epochs[-1]:
+        if run.best is run.epochs[-1] and run.results is not None:
             yield Notice(
                 "note",
-                f"The last epoch is the best: {run.monitor} was still falling, and more epochs "
-                "(optim.epochs) may do better.",
+                f"The last epoch has the best {run.monitor}: a longer run (optim.epochs) may do better.",
             )
         elif last > _RISE * best:
             yield Notice(

@@ -14,9 +14,10 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from ..durable import replace_file
+from .content import Section
 from .crystals import open_dataset_of
 from .record import RunRecord, read_run
-from .sections import Section, sections
+from .sections import sections
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def render(run: RunRecord, worst: int = 12) -> str:
     """Return the report of a run as HTML."""
     dataset, reason = open_dataset_of(run)
     kind = "fine-tuning" if run.finetunes else "pretraining"
-    began = (run.environment or {}).get("date")
+    began = str((run.environment or {}).get("date") or "").replace("T", " ").replace("Z", " UTC")
     written = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     subtitle = f"Run folder {run.folder.resolve().name}" + (f", begun {began}" if began else "")
     page = Page(

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 WIDTH = 420
-LEFT, RIGHT, TOP, BOTTOM = 66, 14, 12, 44  # margins of the plotting area
+LEFT, RIGHT, TOP, BOTTOM = 70, 14, 12, 44  # margins of the plotting area
 
 
 def element(name: str, *children: str | Markup, **attributes: object) -> Markup:
@@ -169,7 +169,7 @@ class Frame:
         middle = (top + bottom) / 2
         parts.append(
             element(
-                "text", y_label, x=13, y=middle, class_="label middle", transform=f"rotate(-90 13 {middle})"
+                "text", y_label, x=11, y=middle, class_="label middle", transform=f"rotate(-90 11 {middle})"
             )
         )
         return picture(name, WIDTH, self.height, [*parts, *contents], data=data)

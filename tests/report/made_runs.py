@@ -19,6 +19,11 @@ TARGET = "formation_energy_per_atom"
 TINY = {"channels": 8, "num_scalars": 4, "num_vectors": 2, "num_blocks": 1, "expert_hidden": 4}
 SETTINGS = [*(f"model.{name}={value}" for name, value in TINY.items()), "device=cpu", "threads=1"]
 
+HOSTILE = (
+    '<script>document.title = "taken"</script><img src="http://127.0.0.1/x" onerror="alert(1)">'
+    "&quot;'{{ 7*7 }}<style>*{display:none}</style>" + "x" * 200
+)
+
 
 def write_lines(file, records):
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -120,4 +125,19 @@ def pretraining(folder, epochs=4):
     digest = manifest_digest(CrystalDataset.open())
     network = MGTConfig(task="pretrain", **TINY)
     save_checkpoint(folder / LAST, MGT(network), CheckpointMeta(model=network, dataset=digest))
+    return folder
+
+
+def hostile(folder):
+    """Make the folder of a run whose names, settings and figures hold markup and never break; return it."""
+    finetuning(
+        folder,
+        f"start={json.dumps(f'/{HOSTILE}')}",
+        ids=[f"{HOSTILE}{i}" for i in range(30)],
+        target=HOSTILE,
+        unit="<b>eV</b>",
+    )
+    environment = json.loads((folder / "environment.json").read_text())
+    (folder / "environment.json").write_text(json.dumps(environment | {"device": HOSTILE, HOSTILE: HOSTILE}))
+    write_lines(folder / "metrics.jsonl", epochs_of(6, **{HOSTILE: 1.0}))
     return folder

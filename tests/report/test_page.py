@@ -51,11 +51,6 @@ def page(folder, **options):
     return html, Outline(html)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    return made_runs.finetuning(tmp_path_factory.mktemp("runs") / "finished")
-
-
 def test_every_section_of_a_finetuning_run(finished):
     html, outline = page(finished)
     assert outline.ids("section") == SECTIONS
@@ -81,25 +76,14 @@ def test_nothing_is_loaded_and_only_the_own_script_runs(finished):
     assert [tag for tag, _ in outline.tags].count("script") == 1
 
 
-HOSTILE = '<script>alert("1")</script><img src=x onerror=alert(2)>&quot;\'{{ 7*7 }}'
-
-
-def test_names_and_settings_are_escaped(tmp_path):
-    ids = [f"{HOSTILE}{i}" for i in range(30)]
-    start = json.dumps(f"/{HOSTILE}")
-    folder = made_runs.finetuning(
-        tmp_path / "a<b>&", f"start={start}", ids=ids, target=HOSTILE, unit="<b>eV</b>"
-    )
-    environment = json.loads((folder / "environment.json").read_text())
-    (folder / "environment.json").write_text(json.dumps(environment | {"device": HOSTILE, HOSTILE: HOSTILE}))
-    made_runs.write_lines(folder / "metrics.jsonl", made_runs.epochs_of(6, **{HOSTILE: 1.0}))
-    _, outline = page(folder)
+def test_names_and_settings_are_escaped(hostile):
+    _, outline = page(hostile)
     names = [tag for tag, _ in outline.tags]
-    assert names.count("script") == 1
+    assert (names.count("script"), names.count("style")) == (1, 1)
     assert not {"img", "b"} & set(names)
     assert not any(name.startswith("on") for _, found in outline.tags for name in found)
     shown = "".join(text for _, text in outline.texts)
-    assert f"{HOSTILE}29" in shown
+    assert f"{made_runs.HOSTILE}29" in shown
     assert "a<b>&" in shown
     assert "<b>eV</b>" in shown
 
@@ -130,8 +114,8 @@ def test_a_run_that_has_just_begun(tmp_path):
     assert outline.ids("section") == ["summary", "configuration", "environment"]
 
 
-def test_a_pretraining_run(tmp_path):
-    html, outline = page(made_runs.pretraining(tmp_path / "run"))
+def test_a_pretraining_run(pretrained):
+    html, outline = page(pretrained)
     assert outline.ids("section") == ["summary", "curves", "throughput", "configuration", "environment"]
     assert "chance, 5.541" in html  # log(2 * 128 - 1)
 
