@@ -22,7 +22,10 @@ def _pairs(texts: list[str] | None, option: str) -> dict[str, str]:
 @app.command()
 def prepare(
     inputs: Annotated[
-        list[Path], typer.Argument(help="Files, folders and archives; formats are recognised.")
+        list[Path],
+        typer.Argument(
+            help="Files, folders and archives, whose formats are recognised; prepared datasets; bundled."
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Dataset folder to make.")],
     target: Annotated[

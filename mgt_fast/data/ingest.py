@@ -111,7 +111,8 @@ def prepare(
     `if __name__ == "__main__":`, because worker processes import it.
 
     Args:
-        inputs: what to read; formats are recognised (see `mgt_fast.data.readers`).
+        inputs: what to read, prepared datasets among it; formats are recognised (see
+            `mgt_fast.data.readers`).
         output: folder of the dataset; it appears when complete.
         targets: keys (columns) to store, or a mapping from keys to names in the dataset. When absent: every
             key whose values in the first 1,000 records are numbers for the most part; a record with another
@@ -166,13 +167,15 @@ def prepare(
     sample = [with_part(record) for record in sample]
     records = map(with_part, records)
     keys = _TargetKeys(sample, targets)
+    described = {keys.names[key]: target for key, target in source.targets().items() if key in keys.names}
     wrong = set(units or {}) - set(keys.names.values())
     if wrong:
         raise PrepareError(f"a unit was given for {min(wrong)!r}, which is no target of the dataset")
     stream = itertools.chain(sample, keys.watch(records))
 
     summary = PrepareSummary(output, targets=Counter(dict.fromkeys(keys.names.values(), 0)))
-    info = {name: Target((units or {}).get(name, "")) for name in keys.names.values()}
+    info = {name: described.get(name, Target()) for name in keys.names.values()}
+    info |= {name: replace(info[name], unit=unit) for name, unit in (units or {}).items()}
     with (
         DatasetWriter(output, info, shard_size=shard_size, overwrite=overwrite) as writer,
         open(

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from . import FORMATS, READERS, STRUCTURE_FILES, check_format, detect
+from . import FORMATS, READERS, STRUCTURE_FILES, check_format, detect, prepared
 from .base import (
     DamagedError,
     Faulty,
@@ -83,7 +83,8 @@ class Inputs:
     """The records of all inputs, in order.
 
     Args:
-        paths: files, folders and archives.
+        paths: files, folders, archives and prepared datasets; "bundled" is the dataset that comes with the
+            package, where there is no file of that name.
         format: one of `FORMATS` for every file, instead of detection.
         labels: an id_prop.csv with the targets of CIF and POSCAR files. When absent, the one (named so, or
             ending in _id_prop.csv) inside the folder or archive, or beside the archive, is used.
@@ -100,7 +101,7 @@ class Inputs:
         if not paths:
             raise PrepareError("no input was named")
         for path in [*paths, *([labels] if labels else [])]:
-            if not path.exists():
+            if not (path.exists() or (path in paths and prepared.dataset_folder(path))):
                 raise PrepareError(f"{path} does not exist")
         self.paths, self.format = list(paths), format
         self.notes: list[str] = []
@@ -115,7 +116,9 @@ class Inputs:
             PrepareError: for an input that is damaged, of an unknown format, or holds no record.
         """
         for path in self.paths:
-            if path.is_dir():
+            if folder := prepared.dataset_folder(path):
+                records = prepared.read(folder)
+            elif path.is_dir():
                 records = self._walk(_folder_files(path), self._given_labels)
             else:
                 records = self._read(_file_source(path), self._given_labels, named=True)
@@ -138,6 +141,23 @@ class Inputs:
                 self.notes.append(
                     f"{len(unused)} rows of {labels.name} name no structure, first {unused[0]!r}"
                 )
+
+    def targets(self) -> dict[str, prepared.Target]:
+        """Return the targets of the prepared datasets among the inputs, with their units.
+
+        Raises:
+            PrepareError: if two have a target of one name in different units.
+        """
+        known: dict[str, prepared.Target] = {}
+        for folder in filter(None, map(prepared.dataset_folder, self.paths)):
+            for name, target in prepared.targets_of(folder).items():
+                other = known.setdefault(name, target)
+                if other.unit != target.unit:
+                    raise PrepareError(
+                        f"{folder}: {name} is in {target.unit or 'no unit'}, but in {other.unit or 'no unit'} "
+                        "in an earlier input; store one of them under another name (--target) first"
+                    )
+        return known
 
     def _read(
         self, source: Source, labels: Labels | None, *, named: bool = False, depth: int = 0
