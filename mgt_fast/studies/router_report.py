@@ -20,10 +20,12 @@ from .output import Column, Report, Table
 from .statistics import CONFIDENCE
 
 if TYPE_CHECKING:
+    from .correlation import Correlation
     from .router import Agreement, Analysis
 
 STUDY = "router"
 LABELS = DESCRIPTORS | {"reference": "target: its value", "absolute_error": "target: absolute error"}
+SAME, CONTRADICTORY = "the same", "contradictory"
 _MOST_CLAIMS = 5  # correlations of a network
 _MOST_LISTED = 10  # crystals in a message
 _NOTES = (
@@ -63,6 +65,10 @@ def report_on(
     tables = [_overview(analyses)]
     for analysis in analyses:
         tables += [_correlations(analysis), _systems(analysis)]
+    targets = list(dict.fromkeys(analysis.shares.target for analysis in analyses))
+    tasks = [[one for one in analyses if one.shares.target == target] for target in targets]
+    repeated = [task for task in tasks if len(task) > 1]
+    tables += [_consistency(task) for task in repeated]
     if agreement:
         tables.append(_agreement(agreement))
     return Report(
@@ -75,6 +81,7 @@ def report_on(
         claims=[
             *(claim for analysis in analyses for claim in _claims(analysis)),
             *(_agreement_claim(pair) for pair in agreement if pair.same_target),
+            *(_consistency_claim(task) for task in repeated),
         ],
         warnings=warnings,
         notes=_NOTES,
@@ -162,6 +169,49 @@ def _claims(analysis: Analysis) -> list[str]:
     else:
         claims.append(f"{name}: no difference between crystal systems is resolved ({figures})")
     return claims
+
+
+def consistency(correlations: Sequence[Correlation]) -> str:
+    """Say whether networks of one target agree on a descriptor.
+
+    Returns:
+        "the same" if all resolve a correlation of one sign, "contradictory" if two resolve opposite signs,
+        else "not resolved by all".
+    """
+    signs = {math.copysign(1, one.rho) for one in correlations if one.resolved}
+    if len(signs) == 2:
+        return CONTRADICTORY
+    return SAME if all(one.resolved for one in correlations) else "not resolved by all"
+
+
+def _consistency(task: Sequence[Analysis]) -> Table:
+    """Set the correlations of networks of one target beside one another."""
+    columns = [
+        Column("name", "descriptor"),
+        *(Column(analysis.shares.name, analysis.shares.name, "+.2f") for analysis in task),
+        Column("verdict", "sign"),
+    ]
+    rows = [
+        {
+            "name": LABELS[key],
+            **{analysis.shares.name: analysis.correlations[key].rho for analysis in task},
+            "verdict": consistency([analysis.correlations[key] for analysis in task]),
+        }
+        for key in task[0].correlations
+    ]
+    return Table(f"ρ in networks of one target, {task[0].shares.target or 'unnamed'}", columns, rows)
+
+
+def _consistency_claim(task: Sequence[Analysis]) -> str:
+    verdicts: dict[str, list[str]] = {SAME: [], CONTRADICTORY: []}
+    for key in task[0].correlations:
+        verdict = consistency([analysis.correlations[key] for analysis in task])
+        verdicts.setdefault(verdict, []).append(LABELS[key])
+    same, contradictory = (", ".join(verdicts[name]) or "none" for name in (SAME, CONTRADICTORY))
+    return (
+        f"{len(task)} networks of {task[0].shares.target or 'one target'}: descriptors that go with the share in "
+        f"the same direction in all: {same}; in opposite directions: {contradictory}"
+    )
 
 
 def _agreement_claim(pair: Agreement) -> str:

@@ -19,6 +19,7 @@ from mgt_fast.model import MGT
 from mgt_fast.studies import router
 from mgt_fast.studies.correlation import Correlation, kruskal_wallis, spearman
 from mgt_fast.studies.descriptors import DESCRIPTORS, cell_shape, describe, environment_shape, symmetries
+from mgt_fast.studies.router_report import consistency, report_on
 
 ROCK_SALT = Crystal(
     np.array([11] * 4 + [17] * 4),
@@ -213,6 +214,17 @@ def test_agreement_of_networks(found):
     assert pairs["planted", "negated"].correlation.rho == -1
     assert not pairs["planted", "random"].correlation.resolved
     assert all(pair.same_target for pair in pairs.values())
+
+
+def test_networks_of_one_target_are_set_beside_one_another(found):
+    planted, random, negated = (analysis.correlations["density"] for analysis in found[1])
+    assert consistency([planted, negated]) == consistency([random, planted, negated]) == "contradictory"
+    assert consistency([planted, planted]) == "the same"
+    assert consistency([planted, random]) == "not resolved by all"
+    report = report_on(found[1], [], [str(i) for i in range(80)], {}, {})
+    (claim,) = (claim for claim in report.claims if claim.startswith("3 networks of gap"))
+    assert "density" in claim.partition("opposite directions")[2]
+    assert not any(claim.startswith("2 networks") for claim in report.claims)
 
 
 def test_command_writes_what_the_networks_predict(tmp_path):
