@@ -109,7 +109,7 @@ def transfer(
     """Pretrain on one dataset and fine-tune on another, against training from scratch."""
     with reported_errors():
         from ..studies.recipe import load_recipe
-        from ..studies.transfer import ALL, transfer
+        from ..studies.transfer import transfer
 
         if source is not None and start is not None:
             raise ValueError("--source and --from exclude each other: the checkpoint has its own source")
@@ -125,7 +125,7 @@ def transfer(
             recipe,
             output or new_folder("transfer"),
             out,
-            sizes=[name if name == ALL else int(name) for name in _names(sizes)],
+            sizes=_names(sizes),
             seeds=_seeds(seeds),
             start=start,
             steps=steps,

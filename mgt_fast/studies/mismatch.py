@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -81,17 +82,18 @@ def pretraining_losses(
         folder: where the lists of crystals are written.
     """
     device, ranks = start_torch(config), Ranks.alone()
-    source = _held_out_ids(config)
+    sets = {
+        "source": (open_dataset(config.data.path, ranks), _held_out_ids(config), config.data.path),
+        "target": (open_dataset(finetuning.data.path, ranks), target_ids, finetuning.data.path),
+    }
+    # A pretraining has two crystals to learn from, even if it is only evaluated.
+    number = min(min(len(ids), len(dataset) - 2) for dataset, ids, _ in sets.values())
     rng = np.random.default_rng(config.seed)
-    number = min(len(source), len(target_ids))
     found = {}
-    for what, ids, path in (
-        ("source", source, config.data.path),
-        ("target", target_ids, finetuning.data.path),
-    ):
+    for what, (dataset, ids, path) in sets.items():
         chosen = sorted(rng.permutation(np.array(ids, dtype=object))[:number].tolist())
-        dataset = open_dataset(path, ranks)
-        others = [other for other in dataset.ids if other not in set(chosen)][:2]
+        taken = set(chosen)
+        others = list(islice((other for other in dataset.ids if other not in taken), 2))
         file = folder / f"{name}-{what}.json"
         write_split(file, {"train": others, "val": chosen})
         data = {"path": path, "split_file": file, "fractions": None, "limit": None, "train": ("train",)}
@@ -120,10 +122,7 @@ def speeds(pairs: Sequence[tuple[int, Sequence[TrialResult], Sequence[TrialResul
             test = over_seeds(ours - theirs)
             rows.append(Speed(size, epoch, float(ours.mean()), float(theirs.mean()), test))
     corrected = holm([row.test.p_value for row in rows])
-    return [
-        Speed(row.size, row.epoch, row.pretrained, row.scratch, _with_p(row.test, p))
-        for row, p in zip(rows, corrected, strict=True)
-    ]
+    return [replace(row, test=replace(row.test, p_value=p)) for row, p in zip(rows, corrected, strict=True)]
 
 
 def mismatch_warnings(
@@ -172,7 +171,3 @@ def _held_out_ids(config: PretrainConfig) -> list[str]:
     dataset = open_dataset(config.data.path, Ranks.alone())
     parts = select_parts(dataset, config.data, config.seed)
     return [dataset.ids[i] for i in require_part(parts, config.data.held_out, "hold out")]
-
-
-def _with_p(test: PairedTest, p_value: float) -> PairedTest:
-    return PairedTest(test.difference, test.low, test.high, p_value, test.count)

@@ -92,9 +92,9 @@ def _target_parts(recipe: Recipe) -> dict[str, list[str]]:
 
 
 def _counts(sizes: Sequence[int | str], available: int) -> list[int]:
-    counts = [available if size == ALL else int(size) for size in sizes]
-    wrong = [size for size in counts if not 2 <= size <= available]
-    if wrong or not counts or len(set(counts)) < len(counts):
+    texts = [str(available if size == ALL else size) for size in sizes]
+    counts = {int(text) for text in texts if text.isdecimal() and 2 <= int(text) <= available}
+    if not counts or len(counts) < len(texts):
         raise ConfigError(
             f"sizes = {', '.join(map(str, sizes)) or 'nothing'}: expected different numbers from 2 to "
             f"{available}, the training crystals that have the target"

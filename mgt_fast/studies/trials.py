@@ -8,6 +8,7 @@ other settings or other crystals is an error: the same command line in the same 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -138,10 +139,16 @@ def run_trials(
 
     Raises:
         ConfigError: if a run's place holds one with other settings, or of other crystals.
+        ValueError: if torchrun started this process among others.
         RunStoppedError: after a signal, with the state saved.
         ValueError, OSError, NonFiniteLossError: as `finetune` and `pretrain`.
     """
     folder = Path(folder)
+    if (world := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ValueError(
+            f"a study runs on one process, and there are {world}; start it without torchrun, and divide a "
+            "large one by its seeds, each part with a folder of its own"
+        )
     _check_names(trials)
     within = console if verbose else Console(quiet=True)
     results = []

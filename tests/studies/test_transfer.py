@@ -100,6 +100,7 @@ def test_the_same_command_goes_on_and_a_checkpoint_stands_in(transferred, tmp_pa
     [
         (["--sizes", "4,9"], "sizes = 4, 9: expected different numbers from 2 to 8"),
         (["--sizes", "8,all"], "sizes = 8, all: expected different"),
+        (["--sizes", "few"], "sizes = few: expected different"),
         (["--seeds", ""], "seeds = nothing"),
         (["--source", "a", "--from", "b"], "--source and --from exclude each other"),
     ],

@@ -113,6 +113,13 @@ def test_a_trial_of_other_crystals_is_refused(done, monkeypatch):
         run_trials(folder, study(), Console(quiet=True))
 
 
+def test_a_study_refuses_ranks(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="runs on one process, and there are 2; start it without torchrun"):
+        run_trials(tmp_path, study(), Console(quiet=True))
+    assert not list(tmp_path.iterdir())
+
+
 def test_runs_need_places_of_their_own(tmp_path):
     first = study()[0]
     with pytest.raises(ValueError, match="two trials are called 'scratch-0'"):
