@@ -207,10 +207,11 @@ def _consistency_claim(task: Sequence[Analysis]) -> str:
     for key in task[0].correlations:
         verdict = consistency([analysis.correlations[key] for analysis in task])
         verdicts.setdefault(verdict, []).append(LABELS[key])
-    same, contradictory = (", ".join(verdicts[name]) or "none" for name in (SAME, CONTRADICTORY))
+    same, contradictory = ("; ".join(verdicts[name]) or "none" for name in (SAME, CONTRADICTORY))
+    target = task[0].shares.target or "one target"
     return (
-        f"{len(task)} networks of {task[0].shares.target or 'one target'}: descriptors that go with the share in "
-        f"the same direction in all: {same}; in opposite directions: {contradictory}"
+        f"{len(task)} networks of {target}: descriptors that go with the share in the same direction in all: "
+        f"{same}. In opposite directions: {contradictory}"
     )
 
 

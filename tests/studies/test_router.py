@@ -223,7 +223,7 @@ def test_networks_of_one_target_are_set_beside_one_another(found):
     assert consistency([planted, random]) == "not resolved by all"
     report = report_on(found[1], [], [str(i) for i in range(80)], {}, {})
     (claim,) = (claim for claim in report.claims if claim.startswith("3 networks of gap"))
-    assert "density" in claim.partition("opposite directions")[2]
+    assert "density" in claim.partition("In opposite directions")[2]
     assert not any(claim.startswith("2 networks") for claim in report.claims)
 
 
