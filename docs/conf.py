@@ -47,7 +47,8 @@ napoleon_use_rtype = False
 viewcode_line_numbers = True
 highlight_language = "none"
 copybutton_exclude = ".linenos, .gp, .go"
-copybutton_prompt_text = ">>> "
+copybutton_prompt_text = r">>> |\.\.\. "
+copybutton_prompt_is_regexp = True
 
 html_math_renderer = "mathml"
 html_theme = "furo"
