@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -16,6 +17,7 @@ from ..distributed import Ranks
 from ..durable import make_folder, replace_file
 from ..train.batches import require_part, select_parts
 from ..train.config import FinetuneConfig, PretrainConfig
+from ..train.plan import batch_bounds
 from ..train.pretrain import pretraining_task
 from ..train.setup import open_dataset, start_torch
 from .statistics import PairedTest, holm, over_seeds
@@ -23,6 +25,9 @@ from .trials import TrialResult
 
 WORSE = 1.25
 """A pretraining loss so many times that of the source counts as high."""
+
+LITTLE = 0.95
+"""A pretraining loss above this share of what chance gives counts as not learnt."""
 
 LOSSES = ("contrastive", "se3_denoising", "so3_denoising")
 
@@ -35,12 +40,14 @@ class PretrainingLosses:
         name: of the pretraining.
         crystals: of each set.
         source, target: losses by name; the source's crystals were held out.
+        chance: losses of a network that has learnt nothing, as far as they are known.
     """
 
     name: str
     crystals: int
     source: dict[str, float]
     target: dict[str, float]
+    chance: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,12 @@ def pretraining_losses(
         task.model = load_model(checkpoint, config.backend, device)
         losses = {key.removeprefix("val_"): value for key, value in task.validate().items()}
         found[what] = {key: losses[key] for key in LOSSES if key in losses}
-    return PretrainingLosses(name, number, **found)
+    batches = np.diff(batch_bounds(number, config.optim.batch_size))
+    chance = {"contrastive": float(np.average(np.log(2 * batches - 1), weights=batches))}
+    if config.model.denoising == "edge":  # three components of unit variance
+        chance |= dict.fromkeys(("se3_denoising", "so3_denoising"), 3.0)
+    known = {key: value for key, value in chance.items() if key in found["source"]}
+    return PretrainingLosses(name, number, **found, chance=known)
 
 
 def speeds(pairs: Sequence[tuple[int, Sequence[TrialResult], Sequence[TrialResult]]]) -> list[Speed]:
@@ -136,6 +148,12 @@ def mismatch_warnings(
         if not pairs:
             continue
         source, target = np.mean(pairs, axis=0)
+        if all(one.source[name] > LITTLE * one.chance.get(name, math.inf) for one in losses):
+            warnings.append(
+                f"the pretraining has learnt little: its {name.replace('_', ' ')} loss on held-out crystals "
+                f"of the source is {source:.3g}, where {losses[0].chance[name]:.3g} is chance "
+                f"({len(pairs)} pretrainings): pretrain for more epochs or with a higher learning rate"
+            )
         if all(theirs > WORSE * ours for ours, theirs in pairs):
             warnings.append(
                 f"pretraining mismatch: the {name.replace('_', ' ')} loss is {source:.3g} on held-out "

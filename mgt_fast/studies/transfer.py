@@ -243,11 +243,12 @@ def _tables(
             Column("loss", "loss"),
             Column("source", "source", ".4g"),
             Column("target", "target set", ".4g"),
+            Column("chance", "chance", ".4g"),
             Column("crystals", "crystals of each", "d"),
         ],
         [
             {"pretraining": one.name, "loss": name.replace("_", " "), "crystals": one.crystals}
-            | {"source": one.source[name], "target": one.target[name]}
+            | {"source": one.source[name], "target": one.target[name], "chance": one.chance.get(name)}
             for one in losses
             for name in one.source
         ],

@@ -80,6 +80,7 @@ def test_losses_on_the_source_are_those_of_the_pretraining(transferred):
     (record,) = read_metrics(folder / "pretraining" / "seed0")
     # The same eight crystals in one batch, with the noise of their place in the dataset.
     assert found["source"]["contrastive"] == pytest.approx(record["val_contrastive"], rel=1e-4)
+    assert found["chance"] == {"contrastive": pytest.approx(math.log(2 * 8 - 1))}
     assert found["source"]["se3_denoising"] == pytest.approx(record["val_se3_denoising"], rel=1e-4)
 
 
@@ -126,11 +127,21 @@ def test_a_slow_start_is_warned_of_and_a_quick_one_is_not():
     assert mismatch_warnings([], speeds([(100, slow[:1], quick[:1])]), "eV") == []  # one seed shows nothing
 
 
+def test_a_pretraining_that_has_learnt_nothing_is_warned_of():
+    def losses(contrastive):
+        source = {"contrastive": contrastive, "se3_denoising": 1.0}
+        return [PretrainingLosses("seed0", 40, source, source, {"contrastive": 4.0})]
+
+    (warning,) = mismatch_warnings(losses(3.9), [], None)
+    assert "its contrastive loss on held-out crystals of the source is 3.9, where 4 is chance" in warning
+    assert mismatch_warnings(losses(3.0), [], None) == []
+
+
 def test_structures_unlike_those_learnt_from_are_warned_of():
     def losses(factor):
         source = {"contrastive": 2.0, "se3_denoising": 1.0, "so3_denoising": 1.0}
         target = source | {"se3_denoising": factor}
-        return [PretrainingLosses(f"seed{i}", 40, source, target) for i in range(2)]
+        return [PretrainingLosses(f"seed{i}", 40, source, target, {}) for i in range(2)]
 
     (warning,) = mismatch_warnings(losses(1.5), [], None)
     assert "the se3 denoising loss is 1 on held-out crystals of the source and 1.5 on the target" in warning
