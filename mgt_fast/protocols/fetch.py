@@ -30,7 +30,9 @@ def find_file(raw: Path, file: RawFile) -> Path | None:
     Raises:
         RecipeError: if several files have this name, or it is another file than the official one.
     """
-    found = sorted(path for path in raw.rglob(file.name) if path.is_file()) if raw.is_dir() else []
+    found = [path for path in sorted(raw.rglob(file.name)) if path.is_file()]
+    # What a killed fetch left is hidden, and may be half a file.
+    found = [path for path in found if not any(part[0] == "." for part in path.relative_to(raw).parts)]
     if len(found) > 1:
         raise RecipeError(f"{raw} holds {file.name} twice ({found[0]}, {found[1]}); remove one of them")
     if found and file.sha256 is not None and (digest := hash_file(found[0])) != file.sha256:

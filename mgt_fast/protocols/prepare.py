@@ -154,21 +154,15 @@ def prepare_protocol(
         raise RecipeError(f"{folder} is prepared already; name another folder or pass --overwrite")
     if isinstance(recipe.split, Own):
         dataset, summary, files = CrystalDataset.open(), None, {}
-        folds = [_own_parts(dataset, recipe)]
+        folds = _checked(recipe, [_own_parts(dataset, recipe)])
     else:
         source = choose_source(recipe, raw)
         files = {file.name: obtain(file, raw, console) for file in source.all_files}
         if isinstance(recipe.split, ByIds):
             files[recipe.split.file.name] = obtain(recipe.split.file, raw, console)
-        folds = _folds(recipe, source, files)
+        folds = _checked(recipe, _folds(recipe, source, files))
         summary = _make_dataset(recipe, source, files, folder / DATASET, console, workers, overwrite)
         dataset = CrystalDataset.open(folder / DATASET, verify=False)
-    for parts in folds:
-        if recipe.sizes is not None and parts.sizes != recipe.sizes:
-            raise RecipeError(
-                f"{recipe.name} has {recipe.sizes} crystals (train, val, test), and these files give "
-                f"{parts.sizes}; use the files that `mgt-fast protocol show {recipe.name}` names"
-            )
     divided = [parts.once() for parts in folds]
     missing = _missing(recipe, dataset, [parts for parts, _ in divided], allow_missing)
     folds = [parts.without(set(missing)) for parts, _ in divided]
@@ -188,6 +182,17 @@ def prepare_protocol(
         replace_file(prepared.split_file(number), (text + "\n").encode())
     prepared.write()
     return prepared, summary
+
+
+def _checked(recipe: Recipe, folds: list[Parts]) -> list[Parts]:
+    """Return the folds if they have the official sizes; raise RecipeError otherwise."""
+    for parts in folds:
+        if recipe.sizes is not None and parts.sizes != recipe.sizes:
+            raise RecipeError(
+                f"{recipe.name} has {recipe.sizes} crystals (train, val, test), and these files give "
+                f"{parts.sizes}; use the files that `mgt-fast protocol show {recipe.name}` names"
+            )
+    return folds
 
 
 def _make_dataset(

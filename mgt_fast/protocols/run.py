@@ -27,7 +27,6 @@ from .prepare import Prepared
 from .recipe import PUBLISHED, Published, Recipe, RecipeError, as_overrides
 
 OURS = "mgt-fast"
-_FIXED = ("data.path", "data.target", "data.split_file", "data.fractions")
 
 
 @dataclass(frozen=True)
@@ -130,19 +129,22 @@ def settings(
         RecipeError: if there is no such variant, or an override changes the crystals or the target.
         ConfigError: for settings that do not fit.
     """
-    changed = [text for text in overrides if text.partition("=")[0].strip() in _FIXED]
-    if changed:
-        raise RecipeError(f"--set {changed[0]}: the protocol decides about {', '.join(_FIXED)}")
     base: dict[str, Any] = {} if start is None else values_from_checkpoint(load_checkpoint(start)[1])
-    base["data"] = base.get("data", {}) | {
+    crystals = {
         "path": prepared.dataset_path,
         "target": recipe.target,
         "split_file": prepared.split_file(0),
+        "fractions": None,
     }
+    base["data"] = base.get("data", {}) | crystals
     if start is not None:
         base["start"] = Path(start)
     chosen = as_overrides(recipe.variant(variant))
-    return load_config(FinetuneConfig, None, [*chosen, *overrides], base)
+    config = load_config(FinetuneConfig, None, [*chosen, *overrides], base)
+    for key, value in crystals.items():
+        if getattr(config.data, key) != value:
+            raise RecipeError(f"data.{key} = {getattr(config.data, key)}: the protocol sets it to {value}")
+    return config
 
 
 def report_on(
@@ -172,7 +174,8 @@ def report_on(
         )
     if config.data.limit is not None:
         warnings.append(f"at most {config.data.limit} crystals of each part were used (data.limit)")
-    name = f"{OURS}, {variant} settings" + (", changed" if changes else "")
+    name = f"{OURS}, {variant} settings{', changed' if changes else ''}"
+    name += ", from scratch" if config.start is None else ", pretrained"
     rows = [{"model": one.model, "mae": one.mae, "source": _said(one)} for one in recipe.published]
     rows.append({"model": name, "mae": score.mae, "source": _spreads(score)})
     unit = f" [{recipe.unit}]" if recipe.unit else ""

@@ -212,6 +212,11 @@ def test_what_a_client_cannot_fetch_may_be_put_there(tmp_path, raw, monkeypatch)
     with pytest.raises(ImportError, match=rf"pip install 'mgt-fast\[science\]'; or {by_hand}"):
         prepared(client_recipe("matminer"), tmp_path, raw)
     assert [path.name for path in raw.iterdir()] == ["toy.json"]
+    half = raw / ".fetching-0" / "toy.json.gz"  # of a fetch that was killed
+    half.parent.mkdir()
+    half.write_bytes(b"half a file")
+    with pytest.raises(ImportError, match=by_hand):
+        prepared(client_recipe("matminer"), tmp_path, raw)
 
 
 def test_what_is_prepared_is_not_replaced_unasked(tmp_path, raw):

@@ -56,7 +56,11 @@ def test_every_fold_and_seed_is_run_once_and_stands_beside_the_published(toy, tm
     maes = {place: found["test"]["model"]["mae"] for place, found in results.items()}
     assert all(found["test"]["model"]["count"] == 8 for found in results.values())
     rows = report.tables[0].rows
-    assert [row["model"] for row in rows] == ["Peer", "Other", "mgt-fast, published settings, changed"]
+    assert [row["model"] for row in rows] == [
+        "Peer",
+        "Other",
+        "mgt-fast, published settings, changed, from scratch",
+    ]
     assert rows[-1]["mae"] == pytest.approx(np.mean(list(maes.values())))
     written = json.loads((tmp_path / "protocol.json").read_text())
     score = written["details"]["score"]
@@ -110,8 +114,8 @@ def test_the_published_settings_are_the_defaults_and_variants_change_them(toy):
     assert (tuned.loss, tuned.optim.lr) == ("l1", 1e-4)
     with pytest.raises(RecipeError, match="toy has no settings 'best'; choose one of published, tuned"):
         config_of(toy, variant="best")
-    with pytest.raises(RecipeError, match=r"data\.target=x: the protocol decides"):
-        config_of(toy, "data.target=x")
+    with pytest.raises(RecipeError, match=r"data\.target = x: the protocol sets it to e"):
+        config_of(toy, "data={target: x}")
     with pytest.raises(ConfigError, match=r"optim\.lrr"):
         config_of(toy, "optim.lrr=1")
 
