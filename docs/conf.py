@@ -27,7 +27,7 @@ nitpicky = True
 # Nothing outside the project has an inventory here: builds need no network.
 nitpick_ignore_regex = [
     (r"py:.*", r"(collections|numpy|os|pathlib|pyarrow|pydantic|rich|torch)\..*"),
-    (r"py:exc", r"\w+"),  # docstrings name errors without their module
+    (r"py:exc", r"[\w ]+"),  # docstrings name errors without their module
     (r"py:class", r"mgt_fast\.train\.config\.Config"),  # a type variable
 ]
 show_warning_types = True
@@ -37,6 +37,7 @@ myst_heading_anchors = 3
 myst_links_external_new_tab = True
 
 default_role = "code"
+autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 python_maximum_signature_line_length = 90
