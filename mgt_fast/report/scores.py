@@ -148,8 +148,9 @@ def router(run: RunRecord, dataset: CrystalDataset | None) -> Section:
         line = Curve(label, x, at_one_view, "other")
         charts.append(curves("Crystals that one view predicts alone", [line], "epoch", label))
     text = (
-        f"The router takes {share.mean():.0%} of a prediction from the SO(3) view on average (standard "
-        f"deviation over {len(share):,} crystals {share.std():.2f}), the rest from the SE(3) view."
+        f"The SO(3) view's term makes {share.mean():.0%} of the size of both views' terms on average "
+        f"(standard deviation over {len(share):,} crystals {share.std():.2f}). A share is no importance: two "
+        "large terms of opposite sign both count."
     )
     return Section("router", "Router", paragraphs=[text], tables=_by_system(run, dataset), charts=charts)
 

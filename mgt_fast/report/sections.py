@@ -220,7 +220,7 @@ def _configuration(run: RunRecord) -> Section:
         _flat(run.config.model_dump(mode="json")),
         _flat(type(run.config)().model_dump(mode="json")),
     )
-    columns = [Column("setting", "name"), Column("this run", "value"), Column("published recipe", "value")]
+    columns = [Column("setting"), Column("this run", "value"), Column("published recipe", "value")]
     rows = [[key, _text(value), _text(published[key])] for key, value in given.items()]
     changed = [row for row in rows if row[1] != row[2]]
     whole = Table(f"All {len(rows)} settings", columns, rows)
