@@ -74,9 +74,14 @@ def test_graphs_are_those_of_the_checkpoint(monkeypatch):
     build = graph.build_graph
     monkeypatch.setattr(graph, "build_graph", lambda *a, **kw: asked.append(kw) or build(*a, **kw))
     model = network()
-    model.meta = CheckpointMeta(model=model.config, max_neighbors=9, compat="comformer")
-    predict_structures(model, salts(1))
-    assert asked == [{"max_neighbors": 9, "compat": "comformer", "max_edges": None}]
+    kinds = [
+        {"max_neighbors": 9, "compat": "comformer", "shell_tolerance": 1e-4},
+        {"max_neighbors": 5, "compat": None, "shell_tolerance": 0.01},
+    ]
+    for kind in kinds:
+        model.meta = CheckpointMeta(model=model.config, **kind)
+        predict_structures(model, salts(1))
+    assert asked == [kind | {"max_edges": None} for kind in kinds]
 
 
 def test_mode_of_the_network_is_left_as_it_was():
