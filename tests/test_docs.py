@@ -15,6 +15,8 @@ import typer
 import yaml
 
 from mgt_fast.cli import app
+from mgt_fast.data import parse
+from mgt_fast.data.readers import FORMATS
 from mgt_fast.train.config import FinetuneConfig, PretrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -141,6 +143,13 @@ def test_command_page_has_every_command_and_option():
         for parameter in command.params:
             shown = parameter.opts if parameter.param_type_name == "option" else [parameter.name.upper()]
             assert all(re.search(rf"\{{option\}} .*{re.escape(one)}\b", pages[name]) for one in shown), name
+
+
+def test_data_page_names_every_format_and_reason():
+    text = (DOCS / "data.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"`([a-z_-]+)`", text))
+    assert listed >= set(FORMATS)
+    assert listed >= set(re.findall(r"`([a-z]+_[a-z_]+)`", parse.__doc__))
 
 
 def test_relative_links_become_those_of_a_page():
