@@ -116,7 +116,8 @@ def _headline(run: RunRecord) -> Headline | None:
             number(mae),
             run.unit or "",
             f"{_with_error(run, part)}over {figures['model']['count']:,} crystals. It is one run with one "
-            "seed: how much another seed would change it is not in this figure.",
+            "seed: how much another seed would change it is not in this figure."
+            + (" By the val MAE the best epoch was chosen." if part == "val" else ""),
             [bars("Beside trivial predictors", compared)],
         )
     if run.best is None:
