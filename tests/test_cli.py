@@ -387,7 +387,7 @@ def test_a_second_run_does_not_replace_the_first_unasked(runs):
     folder, _, _ = runs
     before = (folder / "pretrain" / "metrics.jsonl").read_text()
     result = invoke("pretrain", *TINY, "-o", folder / "pretrain", status=1)
-    assert "already holds config.yaml, metrics.jsonl" in result.stderr
+    assert "already holds config.yaml, environment.json, metrics.jsonl" in result.stderr
     assert (folder / "pretrain" / "metrics.jsonl").read_text() == before
 
 

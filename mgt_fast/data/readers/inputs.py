@@ -154,8 +154,9 @@ class Inputs:
                 other = known.setdefault(name, target)
                 if other.unit != target.unit:
                     raise PrepareError(
-                        f"{folder}: {name} is in {target.unit or 'no unit'}, but in {other.unit or 'no unit'} "
-                        "in an earlier input; store one of them under another name (--target) first"
+                        f"{folder}: {name} is in {target.unit or 'no unit'}, but in "
+                        f"{other.unit or 'no unit'} in an earlier input; store one of them under another "
+                        "name (--target) first"
                     )
         return known
 
