@@ -37,6 +37,10 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what
 ModelOption = Annotated[Path, typer.Option("--model", "-m", help="Checkpoint file, or a run folder's best.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Crystals at a time.")]
+SplitFileOption = Annotated[
+    Path | None,
+    typer.Option(help="Names the crystals of each part, in place of the dataset's own; as for prepare."),
+]
 ResumeOption = Annotated[
     bool,
     typer.Option(

@@ -12,6 +12,7 @@ from .common import (
     DeviceOption,
     ModelOption,
     OverwriteOption,
+    SplitFileOption,
     WorkersOption,
     app,
     err,
@@ -26,10 +27,7 @@ def evaluate(
         Path | None, typer.Option("--dataset", "-d", help="Prepared dataset; the bundled one when absent.")
     ] = None,
     split: Annotated[str, typer.Option("--split", help="train, val, test or all.")] = "test",
-    split_file: Annotated[
-        Path | None,
-        typer.Option(help="Names the crystals of each part, in place of the dataset's own; as for prepare."),
-    ] = None,
+    split_file: SplitFileOption = None,
     target: Annotated[
         str | None,
         typer.Option("--target", help="The dataset's column; the checkpoint's target when absent."),
@@ -66,6 +64,8 @@ def evaluate(
         )
         if result.missing:
             typer.echo(f"left out {result.missing} crystals without the target")
+        if result.caution:
+            typer.echo(f"warning: {result.caution}", err=True)
         if output is not None:
             write_table(output, result.table.columns(result.target))
 

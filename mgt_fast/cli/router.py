@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .common import BatchOption, DeviceOption, app, new_folder, out, reported_errors
+from .common import BatchOption, DeviceOption, SplitFileOption, app, new_folder, out, reported_errors
 
 ModelsOption = Annotated[
     list[Path] | None,
@@ -26,6 +26,7 @@ def router(
         Path | None, typer.Option("--dataset", "-d", help="Prepared dataset; the bundled one when absent.")
     ] = None,
     split: Annotated[str, typer.Option("--split", help="train, val, test or all.")] = "test",
+    split_file: SplitFileOption = None,
     output: StudyFolderOption = None,
     batch_size: BatchOption = 64,
     device: DeviceOption = "auto",
@@ -44,6 +45,7 @@ def router(
             out,
             dataset,
             split,
+            split_file=split_file,
             batch_size=batch_size,
             device=device,
         )

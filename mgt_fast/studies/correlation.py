@@ -40,11 +40,13 @@ class Correlation:
 
 @dataclass(frozen=True)
 class GroupTest:
-    """Whether groups of values differ in their medians.
+    """Whether groups of values are distributed alike.
 
     Attributes:
         p_value: of no difference; NaN if there are not two groups to test, or all values are equal.
-        effect: ε² = (H − k + 1) / (n − k) of k groups of n values, about 0 to 1; NaN likewise.
+        effect: η² of the ranks, (H − k + 1) / (n − k) of k groups of n values, about 0 to 1; NaN likewise.
+
+    Source: Tomczak and Tomczak, Trends Sport Sci. 21, 19 (2014), for the effect.
     """
 
     p_value: float

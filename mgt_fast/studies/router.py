@@ -105,6 +105,7 @@ def router_study(
     dataset: str | Path | None = None,
     split: str = "test",
     *,
+    split_file: Path | None = None,
     batch_size: int = 64,
     device: str = "auto",
 ) -> Report:
@@ -116,6 +117,7 @@ def router_study(
         console: where tables go.
         dataset: prepared; None is the bundled one.
         split: "train", "val", "test" or "all".
+        split_file: names the crystals of each part, instead of the dataset's own.
         batch_size: crystals at a time.
         device: "auto", "cpu" or "cuda".
 
@@ -126,14 +128,17 @@ def router_study(
     paths = name_models(models)
     networks = {name: _routed(path, on) for name, path in paths.items()}
     crystals = CrystalDataset.open(dataset)
-    found = [shares_of(name, network, crystals, split, batch_size) for name, network in networks.items()]
+    found = [
+        shares_of(name, network, crystals, split, batch_size, split_file)
+        for name, network in networks.items()
+    ]
     neighbors = max(prediction_meta(network).max_neighbors for network in networks.values())
     analyses = analyse(found, crystals, neighbors)
     report = report_on(
         analyses,
         agreements(found),
         crystals.ids,
-        settings={"models": paths, "split": split, "max_neighbors": neighbors},
+        settings={"models": paths, "split": split, "split_file": split_file, "max_neighbors": neighbors},
         environment=environment(on, {"crystals": crystals}),
     )
     write_report(folder, report, lambda path: draw(path, analyses), console)
@@ -158,7 +163,14 @@ def name_models(models: Sequence[str | Path]) -> dict[str, Path]:
     raise ValueError(f"model {twice} was given twice")
 
 
-def shares_of(name: str, network: MGT, dataset: CrystalDataset, split: str, batch_size: int = 64) -> Shares:
+def shares_of(
+    name: str,
+    network: MGT,
+    dataset: CrystalDataset,
+    split: str,
+    batch_size: int = 64,
+    split_file: Path | None = None,
+) -> Shares:
     """Predict a part of a dataset with one network.
 
     Raises:
@@ -167,7 +179,7 @@ def shares_of(name: str, network: MGT, dataset: CrystalDataset, split: str, batc
     """
     meta = prediction_meta(network)
     if meta.target in dataset.target_info:
-        evaluation = evaluate(network, dataset, split, batch_size=batch_size)
+        evaluation = evaluate(network, dataset, split, batch_size=batch_size, split_file=split_file)
         table, reference, rejects = evaluation.table, evaluation.target, []
     elif split == ALL:
         reference = None

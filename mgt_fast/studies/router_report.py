@@ -158,7 +158,7 @@ def _claims(analysis: Analysis) -> list[str]:
     systems = analysis.systems
     if math.isnan(systems.p_value):
         return claims
-    figures = f"ε² = {systems.effect:.2f}, p = {systems.p_value:.2g}"
+    figures = f"η² = {systems.effect:.2f}, p = {systems.p_value:.2g}"
     if systems.p_value < 1 - CONFIDENCE:
         medians = {k: np.median(group) for k, group in analysis.groups.items() if len(group) >= FEWEST}
         low, high = min(medians, key=medians.get), max(medians, key=medians.get)

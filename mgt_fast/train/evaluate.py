@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..data import CrystalDataset
+from ..data.manifest import hash_file
 from ..distributed import Ranks
 from ..inference import PredictionTable, predict_batches, prediction_meta
 from ..model import MGT
@@ -32,11 +33,13 @@ class Evaluation:
         table: predictions in the part's order.
         target: (n,) float64.
         missing: crystals of the part that have no target and were left out.
+        caution: why the errors may be too small; None where nothing says so.
     """
 
     table: PredictionTable
     target: np.ndarray
     missing: int
+    caution: str | None = None
 
     @property
     def errors(self) -> dict[str, float]:
@@ -125,11 +128,17 @@ def evaluate(
         )
     fractions = meta.fractions if drawn_again and split_file is None else None
     data = DataConfig(fractions=fractions, split_file=split_file)
+    caution = None
     seed = meta.seed if drawn_again and meta.seed is not None else 0
     if part == ALL:
         indices, missing = np.flatnonzero(known), int((~known).sum())
     else:
         parts = select_parts(dataset, data, seed, known)
+        if drawn_again and split_file is not None and hash_file(split_file) != meta.split:
+            caution = (
+                f"the network learned {name} from other parts of this dataset than {split_file} names, so "
+                f"{part!r} may hold crystals that it has learned from"
+            )
         valid = [name or '""' for name, members in parts.items() if len(members)]
         indices = require_part(parts, part, "evaluate", f"choose {', '.join([*valid, ALL])}")
         everyone = select_parts(dataset, data, seed)
@@ -141,4 +150,4 @@ def evaluate(
         dataset, meta.max_neighbors, meta.compat, device, shell_tolerance=meta.shell_tolerance
     )
     table = predict_part(model, source, indices, batch_size, ranks or Ranks())
-    return Evaluation(table, targets[indices], missing)
+    return Evaluation(table, targets[indices], missing, caution)

@@ -1,5 +1,6 @@
 import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from mgt_fast.checkpoint import CheckpointMeta, save_checkpoint
 from mgt_fast.cli import app
 from mgt_fast.config import MGTConfig
 from mgt_fast.data import CrystalDataset, DatasetWriter, Target
+from mgt_fast.data.manifest import hash_file
 from mgt_fast.data.store import record_batch
 from mgt_fast.inference import predict_dataset
 from mgt_fast.model import MGT
@@ -20,6 +22,7 @@ from mgt_fast.studies import router
 from mgt_fast.studies.correlation import Correlation, kruskal_wallis, spearman
 from mgt_fast.studies.descriptors import DESCRIPTORS, cell_shape, describe, environment_shape, symmetries
 from mgt_fast.studies.router_report import consistency, report_on
+from mgt_fast.train.setup import manifest_digest
 
 ROCK_SALT = Crystal(
     np.array([11] * 4 + [17] * 4),
@@ -252,6 +255,21 @@ def test_command_writes_what_the_networks_predict(tmp_path):
     assert report["environment"]["datasets"]["crystals"]["crystals"] == 24
     assert (tmp_path / "out" / "router.md").read_text().startswith("# Contributions of the views")
     assert (tmp_path / "out" / "router.png").stat().st_size > 10_000
+
+
+def test_networks_that_learned_from_a_split_file_need_it(tmp_path):
+    dataset = dataset_of(tmp_path / "data", variants(12), np.linspace(0, 1, 12))
+    path = network(tmp_path / "a.safetensors")
+    file = tmp_path / "split.json"
+    file.write_text(json.dumps({"train": ["crystal-0"], "test": [f"crystal-{i}" for i in range(2, 9)]}))
+    model = MGT.load(path)
+    meta = replace(model.meta, dataset=manifest_digest(dataset), split=hash_file(file))
+    save_checkpoint(path, model, meta)
+    arguments = ("router", "-m", path, "-d", tmp_path / "data", "-o", tmp_path / "out")
+    assert "(--split-file)" in invoke(*arguments, status=1).output
+    invoke(*arguments, "--split-file", file)
+    with (tmp_path / "out" / "router.csv").open(newline="") as table:
+        assert [row["id"] for row in csv.DictReader(table)] == [f"crystal-{i}" for i in range(2, 9)]
 
 
 def test_crystals_without_a_system_are_listed(tmp_path):

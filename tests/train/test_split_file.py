@@ -49,6 +49,9 @@ def test_a_run_learns_and_is_scored_on_the_parts_of_a_file(dataset, tmp_path):
     for name, value in zip(again.table.ids, again.table.prediction, strict=True):
         column = next(key for key in rows[name] if key.startswith("prediction"))
         assert value == pytest.approx(float(rows[name][column]), rel=1e-5)
+    assert again.caution is None
+    other = evaluate(model, dataset, split_file=write_split(tmp_path / "other.json", dataset, 110))
+    assert "may hold crystals that it has learned from" in other.caution
     assert len(evaluate(model, dataset, "all").table) == np.isfinite(dataset.targets[model.meta.target]).sum()
 
 
