@@ -36,7 +36,10 @@ def find_file(raw: Path, file: RawFile) -> Path | None:
     if len(found) > 1:
         raise RecipeError(f"{raw} holds {file.name} twice ({found[0]}, {found[1]}); remove one of them")
     if found and file.sha256 is not None and (digest := hash_file(found[0])) != file.sha256:
-        raise RecipeError(f"{found[0]} has SHA-256 {digest}, the official file {file.sha256}; fetch it again")
+        raise RecipeError(
+            f"{found[0]} has SHA-256 {digest}, the official file {file.sha256}; remove it, and it is "
+            "fetched again"
+        )
     return found[0] if found else None
 
 
@@ -112,6 +115,8 @@ def _from_address(file: RawFile, folder: Path) -> None:
         (folder / file.name).open("wb") as target,
     ):
         shutil.copyfileobj(answer, target)
+        if answer.length:  # of what was announced; reading in pieces does not tell that it is missing
+            raise OSError(f"the connection ended {answer.length} bytes early")
 
 
 _CLIENTS: dict[str | None, Callable[[RawFile, Path], None]] = {

@@ -20,7 +20,7 @@ from ..studies.output import Column, Report, Table, environment, write_report
 from ..studies.statistics import Summary, summarize
 from ..studies.trials import Trial, TrialResult, run_trials
 from ..train.config import FinetuneConfig, load_config
-from ..train.runlog import FREE_KEYS
+from ..train.runlog import is_free
 from ..train.setup import resolve_device, values_from_checkpoint
 from .plot import plot_errors
 from .prepare import Prepared
@@ -165,7 +165,8 @@ def report_on(
         warnings.append(
             f"of {recipe.num_folds} folds only {listed} ran: the official score is the mean of all"
         )
-    changes = [text for text in overrides if text.partition("=")[0].strip() not in (*FREE_KEYS, "seed")]
+    keys = {text: text.partition("=")[0].strip() for text in overrides}
+    changes = [text for text, key in keys.items() if key != "seed" and not is_free(key)]
     if changes:
         warnings.append(f"these are not the {variant} settings: {', '.join(changes)}")
     if prepared.missing:

@@ -30,6 +30,7 @@ _BUFFER = 2**16  # bytes of lines held back at most
 # Settings (dotted, or a whole section) that decide where and how a run computes, not what: it may be resumed
 # with others, as on another number of ranks.
 FREE_KEYS = ("threads", "tensorboard", "checkpoint", "memory_gib", "data.resident", "router_monitor")
+_PATHS = ("data.path", "data.split_file", "start")
 # Why the others that one would change are not among them.
 _REASONS = {
     "optim.epochs": "the learning rate's schedule spans all epochs",
@@ -290,7 +291,7 @@ def check_same_settings(folder: Path, config: RunConfig) -> None:
     stored, given = (decisive_settings(some) for some in (load_config(type(config), file), config))
     faults = []
     for key in sorted(stored.keys() | given.keys()):
-        if stored.get(key) != given.get(key):
+        if not _same_setting(key, stored.get(key), given.get(key)):
             reason = f" ({_REASONS[key]})" if key in _REASONS else ""
             faults.append(f"{key} = {given.get(key)!r}, the run has {stored.get(key)!r}{reason}")
     if faults:
@@ -302,11 +303,19 @@ def check_same_settings(folder: Path, config: RunConfig) -> None:
 
 def decisive_settings(config: RunConfig) -> dict[str, Any]:
     """Return the settings that decide what a run computes, by dotted key: all but `FREE_KEYS`."""
-    return {
-        key: value
-        for key, value in _flat(config.model_dump(mode="json")).items()
-        if not any(key == name or key.startswith(f"{name}.") for name in FREE_KEYS)
-    }
+    return {key: value for key, value in _flat(config.model_dump(mode="json")).items() if not is_free(key)}
+
+
+def is_free(key: str) -> bool:
+    """Return whether a dotted key, or the section that it is in, is one of `FREE_KEYS`."""
+    return any(key == name or key.startswith(f"{name}.") for name in FREE_KEYS)
+
+
+def _same_setting(key: str, one: Any, other: Any) -> bool:
+    """Return whether two values of a key say the same; a path may be spelt in several ways."""
+    if key in _PATHS and one is not None and other is not None:
+        return os.path.realpath(one) == os.path.realpath(other)
+    return one == other
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

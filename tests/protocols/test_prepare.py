@@ -3,8 +3,10 @@
 import csv
 import json
 import sys
+import threading
 import types
 import zipfile
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
 import pytest
@@ -195,6 +197,37 @@ def test_jarvis_tools_fetches(tmp_path, raw, monkeypatch, capsys):
     stand_in(monkeypatch, "jarvis.db.figshare")  # it is there now and not fetched again
     again, _ = prepared(client_recipe("jarvis"), tmp_path, raw, overwrite=True)
     assert again == found
+
+
+@pytest.mark.parametrize("announced", [0, 10])
+def test_a_file_is_fetched_whole_from_its_address_or_not_at_all(tmp_path, raw, announced):
+    """The server announces `announced` bytes more than it sends."""
+    content = (raw / "toy.json").read_bytes()
+    (raw / "toy.json").unlink()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content) + announced))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        file = {"name": "toy.json", "url": f"http://127.0.0.1:{server.server_port}/toy.json"}
+        one = recipe(sources=[{"files": [file], "format": "jarvis", "column": "energy"}])
+        if announced:
+            with pytest.raises(
+                RecipeError, match=r"toy\.json could not be fetched \(OSError: .* 10 bytes early"
+            ):
+                prepared(one, tmp_path, raw)
+            assert list(raw.iterdir()) == []
+        else:
+            prepared(one, tmp_path, raw)
+            assert (raw / "toy.json").read_bytes() == content
 
 
 def test_what_a_client_cannot_fetch_may_be_put_there(tmp_path, raw, monkeypatch):

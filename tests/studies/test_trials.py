@@ -69,6 +69,15 @@ def test_a_study_that_is_done_is_only_read(done):
     assert said.getvalue().count("as found") == 3
 
 
+def test_a_study_may_be_named_by_another_path(done, monkeypatch):
+    folder, results, _ = done
+    monkeypatch.chdir(folder.parent)
+    before = stamps(folder)
+    again = run_trials(folder.name, study(), Console(quiet=True))
+    assert stamps(folder) == before
+    assert [found.mae for found in again] == [found.mae for found in results]
+
+
 def test_a_missing_trial_is_run_and_the_others_stay(done, tmp_path):
     folder = copied(done, tmp_path)
     shutil.rmtree(folder / "trials" / "own-0")
