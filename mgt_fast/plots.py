@@ -138,13 +138,16 @@ def plot_spread(
         panels: axis label to the series by name; for each x a series has its runs' values.
     """
     numeric = not any(isinstance(value, str) for value in x)
+    order = np.argsort(x).tolist() if numeric else range(len(x))  # lines go from left to right
+    x = [x[i] for i in order]
     with mpl.rc_context(STYLE):
         figure, axes = _figure(max(4.4, 0.9 * len(x) + 1.2) * len(panels), 3.4, len(panels))
         for ax, (label, series) in zip(axes, panels.items(), strict=True):
-            for number, (name, values) in enumerate(series.items()):
+            for number, (name, found) in enumerate(series.items()):
+                values = [found[i] for i in order]
                 color = PALETTE[number % len(PALETTE)]
                 shift = 0.0 if numeric else 0.22 * (number - (len(series) - 1) / 2)
-                places = list(x) if numeric else [place + shift for place in range(len(x))]
+                places = x if numeric else [place + shift for place in range(len(x))]
                 for place, runs in zip(places, values, strict=True):
                     ax.plot([place] * len(runs), runs, "o", color=color, alpha=0.45, markersize=4)
                 means = [np.mean(runs) for runs in values]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
@@ -56,10 +57,21 @@ class Table:
         return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
     def rich(self) -> RichTable:
-        """Return the table for a terminal."""
-        table = RichTable(title=escape(self.title), title_justify="left")
+        """Return the table for a terminal; a narrow one wraps between words, and no number is cut."""
+        table = RichTable(
+            title=escape(self.title),
+            title_justify="left",
+            box=SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            show_edge=False,
+        )
         for column in self.columns:
-            table.add_column(escape(column.label), justify="right" if column.form else "left")
+            words = " ".join([column.label, *map(column.text, self.rows)]).split()
+            table.add_column(
+                escape(column.label),
+                justify="right" if column.form else "left",
+                min_width=max(map(len, words), default=0),
+            )
         for row in self.rows:
             table.add_row(*(escape(column.text(row)) for column in self.columns))
         return table
@@ -131,7 +143,8 @@ def write_report(
     replace_file(paths["md"], report.markdown().encode())
     draw(paths["png"])
     for table in report.tables:
-        console.print(table.rich())
+        console.print(table.rich(), crop=False)
+        console.print()
     for text in report.claims:
         say(console, text)
     for text in report.warnings:

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from mgt_fast.data import CrystalDataset
+from mgt_fast.plots import plot_spread
 from mgt_fast.studies.output import Column, Report, Table, environment, plain, write_report
 from mgt_fast.train.setup import manifest_digest
 
@@ -60,6 +61,24 @@ def test_a_report_leaves_its_four_files(tmp_path):
     assert "c [d]" in shown
     assert "warning: too few [seeds]" in shown
     assert str(paths["csv"]) in shown
+
+
+def test_a_narrow_terminal_cuts_no_number(tmp_path):
+    rows = [{f"key{i}": value for i in range(12)} for value in (0.12345, -1234.5)]
+    table = Table("Wide", [Column(f"key{i}", f"mean error {i}", ".5g") for i in range(12)], rows)
+    said = io.StringIO()
+    write_report(tmp_path, report(tables=[table]), Path.touch, Console(file=said, width=60))
+    assert (said.getvalue().count("0.12345"), said.getvalue().count("-1234.5")) == (12, 12)
+    assert "…" not in said.getvalue()
+
+
+def test_numbers_are_drawn_from_left_to_right(tmp_path):
+    for name, x, runs in (
+        ("a.png", [8, 4, 16], [[1, 2], [3], [0]]),
+        ("b.png", [4, 8, 16], [[3], [1, 2], [0]]),
+    ):
+        plot_spread(tmp_path / name, "x", x, {"error": {"arm": runs}})
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
 def test_a_report_replaces_the_one_before(tmp_path):
