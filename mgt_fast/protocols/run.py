@@ -102,8 +102,8 @@ def run_protocol(
     prepared = Prepared.open(prepared_folder, recipe)
     if recipe.target is None:
         raise RecipeError(
-            f"{recipe.name} has no labels; pretrain on it: "
-            f"mgt-fast pretrain --set data.path={prepared.dataset_path}"
+            f"{recipe.name} has no labels; pretrain on it: mgt-fast pretrain --set "
+            f'data.path={prepared.dataset_path} --set "data.fractions=[0.95,0.05,0]"'
         )
     folds = _checked_folds(recipe, folds)
     config = settings(recipe, prepared, variant, overrides, start)

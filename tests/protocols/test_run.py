@@ -1,6 +1,7 @@
 """A protocol run from end to end on a few toy crystals, and what is said of its outcome."""
 
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -179,13 +180,15 @@ def test_whole_runs_are_compared_with_the_best_published_figure(toy, tmp_path):
 def test_crystals_without_labels_are_not_run(tmp_path):
     raw = tmp_path / "raw"
     raw.mkdir()
-    (raw / "toy.json").write_text(json.dumps([item(i, 0.0) for i in range(3)]))
+    (raw / "toy.json").write_text(json.dumps([item(i, 0.0) for i in range(40)]))
     source = {"files": [{"name": "toy.json"}], "format": "jarvis"}
     unlabelled = recipe(target=None, unit="", split={"rule": "none"}, sources=[source])
     found, summary = prepare_protocol(unlabelled, tmp_path / "toy", raw, QUIET, workers=0)
-    assert (summary.stored, found.sizes) == (3, ())
-    with pytest.raises(RecipeError, match=r"mgt-fast pretrain --set data\.path="):
+    assert (summary.stored, found.sizes) == (40, ())
+    with pytest.raises(RecipeError, match="has no labels; pretrain on it: mgt-fast pretrain") as error:
         run_protocol(unlabelled, tmp_path / "toy", tmp_path / "out", Console(quiet=True))
+    command = shlex.split(str(error.value).partition("mgt-fast ")[2])
+    invoke(*command, "-o", tmp_path / "run", *[part for text in TINY for part in ("--set", text)])
 
 
 def test_the_bundled_protocol_runs_from_the_command_line(tmp_path):
