@@ -14,7 +14,7 @@ from ..data import CrystalDataset
 from ..model import MGT
 from ..plots import plot_spread
 from ..train.setup import resolve_device
-from .output import Column, Report, Table, environment, write_report
+from .output import CERTAINTY, Column, Report, Table, environment, write_report
 from .recipe import Recipe, changed, fit_pretraining
 from .statistics import CORRECTION, Comparison, compare, summarize
 from .trials import Pretraining, Trial, TrialResult, run_trials
@@ -126,9 +126,7 @@ def _report(
         Column("high", "to", ".4g"),
         Column("count", "seeds", "d"),
         Column("difference", f"against {LABELS[baseline]}", "+.3g"),
-        Column("margin", "±", ".2g"),
-        Column("p_seeds", "p, seeds", ".2g"),
-        Column("p_crystals", "p, crystals", ".2g"),
+        *CERTAINTY,
         Column("verdict", "verdict"),
         Column("parameters", "parameters", ",d"),
         Column("seconds", "s an epoch", ".3g"),

@@ -42,6 +42,14 @@ class Column:
         return format(value, self.form) if self.form and not isinstance(value, str) else str(value)
 
 
+CERTAINTY = (
+    Column("margin", "±", ".2g"),
+    Column("p_seeds", "p, seeds", ".2g"),
+    Column("p_crystals", "p, crystals", ".2g"),
+)
+"""What stands behind the difference of two arms; the values are those of `statistics.Comparison.columns`."""
+
+
 @dataclass(frozen=True)
 class Table:
     """Rows shown to the reader: a title, columns, and a mapping a row."""

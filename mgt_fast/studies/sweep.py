@@ -21,7 +21,7 @@ from ..train.batches import select_parts, target_values
 from ..train.config import ConfigError, FinetuneConfig
 from ..train.runlog import decisive_settings
 from ..train.setup import GRAPH_KEYS, resolve_device
-from .output import Column, Report, Table, environment, write_report
+from .output import CERTAINTY, Column, Report, Table, environment, write_report
 from .recipe import Recipe, changed, fit_pretraining
 from .statistics import CORRECTION, Comparison, compare, summarize
 from .trials import Pretraining, Trial, TrialResult, run_trials
@@ -182,9 +182,7 @@ def _report(
         Column("sd", "sd", ".2g"),
         Column("count", "seeds", "d"),
         Column("difference", f"against {baseline}", "+.3g"),
-        Column("margin", "±", ".2g"),
-        Column("p_seeds", "p, seeds", ".2g"),
-        Column("p_crystals", "p, crystals", ".2g"),
+        *CERTAINTY,
         Column("verdict", "verdict"),
         Column("edges_per_crystal", "edges a crystal", ".4g"),
         Column("crystals_per_second", "crystals/s", ".3g"),

@@ -18,7 +18,7 @@ from ..train.config import ConfigError, PretrainConfig, load_config
 from ..train.runlog import CONFIG
 from ..train.setup import resolve_device
 from .mismatch import PretrainingLosses, Speed, mismatch_warnings, pretraining_losses, speeds, write_split
-from .output import Column, Report, Table, environment, write_report
+from .output import CERTAINTY, Column, Report, Table, environment, write_report
 from .recipe import Recipe, changed, fit_pretraining
 from .statistics import CORRECTION, UNRESOLVED, Comparison, compare, summarize
 from .trials import PRETRAINING, Pretraining, Trial, TrialResult, run_trials
@@ -229,9 +229,7 @@ def _tables(
             Column("pretrained_sd", "sd", ".2g"),
             Column("count", "seeds", "d"),
             Column("difference", "difference", "+.3g"),
-            Column("margin", "±", ".2g"),
-            Column("p_seeds", "p, seeds", ".2g"),
-            Column("p_crystals", "p, crystals", ".2g"),
+            *CERTAINTY,
             Column("transfer", "transfer"),
         ],
         rows,
