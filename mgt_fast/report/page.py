@@ -48,12 +48,12 @@ def write_report(folder: str | Path, output: str | Path, *, worst: int = 12, ove
         FileNotFoundError: if its folder is missing.
         ValueError: as `record.read_run`.
     """
-    output = Path(output)
+    run, output = read_run(folder), Path(output)
     if not output.parent.is_dir():
         raise FileNotFoundError(f"{output}: there is no folder {output.parent}; make it first")
     if output.exists() and not overwrite:
         raise FileExistsError(f"{output} exists; choose another name (--output) or pass --overwrite")
-    replace_file(output, render(read_run(folder), worst).encode())
+    replace_file(output, render(run, worst).encode())
     return output
 
 

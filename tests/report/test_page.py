@@ -155,9 +155,10 @@ def test_the_command(finished, tmp_path):
     assert again.exit_code == 1
     assert "pass --overwrite" in again.output
     assert invoke(finished, "--overwrite", "--worst", 2).exit_code == 0
-    absent = invoke(tmp_path)
-    assert absent.exit_code == 1
-    assert "holds no run: it has no config.yaml" in absent.output
+    for folder in (tmp_path, tmp_path / "absent"):
+        absent = invoke(folder)
+        assert absent.exit_code == 1
+        assert "holds no run: it has no config.yaml" in absent.output
     nowhere = invoke(finished, "-o", tmp_path / "no" / "r.html")
     assert "make it first" in nowhere.output
 
