@@ -17,7 +17,7 @@ from ..train.setup import resolve_device
 from .output import CERTAINTY, Column, Report, Table, environment, write_report
 from .recipe import Recipe, changed, fit_pretraining
 from .statistics import CORRECTION, Comparison, compare, summarize
-from .trials import Pretraining, Trial, TrialResult, run_trials
+from .trials import Pretraining, Trial, TrialResult, run_trials, seen_structures
 
 VARIANTS = {
     "se3": ("model.views=se3",),
@@ -138,6 +138,7 @@ def _report(
         tables=[Table(f"{part.capitalize()} errors", columns, rows)],
         records=[one.record() for one in results],
         claims=[one.sentence(unit) for one in comparisons.values()],
+        warnings=seen_structures(results),
         notes=[CORRECTION],
         settings={
             "seeds": seeds,

@@ -24,7 +24,7 @@ from ..train.setup import GRAPH_KEYS, resolve_device
 from .output import CERTAINTY, Column, Report, Table, environment, write_report
 from .recipe import Recipe, changed, fit_pretraining
 from .statistics import CORRECTION, Comparison, compare, summarize
-from .trials import Pretraining, Trial, TrialResult, run_trials
+from .trials import Pretraining, Trial, TrialResult, run_trials, seen_structures
 
 _PREFIX = "pretraining."
 # What changes which crystals are scored, or in what units: no setting to compare errors over.
@@ -194,6 +194,7 @@ def _report(
         tables=[Table(f"{first.part.capitalize()} errors, training throughput", columns, rows)],
         records=records,
         claims=[one.sentence(first.unit) for one in comparisons.values()],
+        warnings=seen_structures([one for arm in arms.values() for one in arm]),
         notes=[
             CORRECTION,
             "Throughput is that of the training steps as they ran, making of graphs included: training "

@@ -21,7 +21,7 @@ from .mismatch import PretrainingLosses, Speed, mismatch_warnings, pretraining_l
 from .output import CERTAINTY, Column, Report, Table, environment, write_report
 from .recipe import Recipe, changed, fit_pretraining
 from .statistics import CORRECTION, UNRESOLVED, Comparison, compare, summarize
-from .trials import PRETRAINING, Pretraining, Trial, TrialResult, run_trials
+from .trials import PRETRAINING, Pretraining, Trial, TrialResult, run_trials, seen_structures
 
 ALL = "all"
 ARMS = ("scratch", "pretrained")
@@ -188,7 +188,7 @@ def _report(
         tables=_tables(rows, losses, course, results[0].part, unit),
         records=[one.record() for one in results],
         claims=[one.sentence(unit) for one in comparisons],
-        warnings=negative + mismatch_warnings(losses, course, unit),
+        warnings=negative + mismatch_warnings(losses, course, unit) + seen_structures(results),
         notes=[CORRECTION, NOTE],
         settings={
             "sizes": counts,

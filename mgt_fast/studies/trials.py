@@ -22,6 +22,7 @@ from ..checkpoint import load_checkpoint
 from ..data import CrystalDataset
 from ..distributed import Ranks
 from ..predictions import read_predictions
+from ..train.batches import select_parts
 from ..train.config import ConfigError, FinetuneConfig, PretrainConfig, RunConfig
 from ..train.finetune import finetune
 from ..train.interrupt import RunStoppedError
@@ -168,6 +169,27 @@ def run_trials(
         )
         results.append(found)
     return results
+
+
+def seen_structures(results: Sequence[TrialResult]) -> list[str]:
+    """Return a warning if a pretraining has learnt from structures that a trial is scored on."""
+    worst, among, name = 0, 0, ""
+    for one in results:
+        before = None if one.trial.pretraining is None else one.trial.pretraining.config
+        if before is None or before.data.path != one.trial.config.data.path:
+            continue
+        dataset = CrystalDataset.open(before.data.path, verify=False)
+        parts = select_parts(dataset, before.data, before.seed)
+        learnt = {dataset.ids[i] for part in before.data.train for i in parts.get(part, ())}
+        if (seen := len(learnt & one.errors.keys())) > worst:
+            worst, among, name = seen, len(one.errors), one.trial.name
+    if not worst:
+        return []
+    return [
+        f"the pretraining of {name} has learnt, without labels, from {worst} of the {among} crystals that it "
+        "is scored on, which favours it over scratch: name the parts of both by data.split_file "
+        "(data.fractions draws those of fine-tuning among the crystals with the target alone)"
+    ]
 
 
 def _run(place: Path, config: RunConfig, what: str, console: Console, within: Console) -> float | None:

@@ -1,4 +1,5 @@
 import io
+import json
 import shutil
 from pathlib import Path
 
@@ -6,9 +7,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from mgt_fast.data import CrystalDataset
 from mgt_fast.predictions import read_predictions
 from mgt_fast.studies import trials as module
-from mgt_fast.studies.trials import Pretraining, Trial, run_trials
+from mgt_fast.studies.trials import Pretraining, Trial, TrialResult, run_trials, seen_structures
+from mgt_fast.train.batches import select_parts
 from mgt_fast.train.config import ConfigError, FinetuneConfig, PretrainConfig, load_config
 from mgt_fast.train.interrupt import RunStoppedError
 
@@ -137,3 +140,23 @@ def test_runs_need_places_of_their_own(tmp_path):
     trials = [Trial(f"t{i}", first.config, Pretraining("both", start)) for i, start in enumerate(starts)]
     with pytest.raises(ValueError, match="two pretrainings are called 'both'"):
         run_trials(tmp_path, trials, Console(quiet=True))
+
+
+@pytest.mark.parametrize(("target", "seen"), [("band_gap", True), ("formation_energy_per_atom", False)])
+def test_test_structures_that_a_pretraining_saw_are_warned_of(tmp_path, target, seen):
+    """Parts drawn at random agree only if every crystal has the target; those of a file always do."""
+    dataset = CrystalDataset.open()
+    known = ~np.isnan(dataset.targets[target])
+    names = [dataset.ids[i] for i in np.flatnonzero(known)[:200]]
+    halves = {"train": names[:100], "val": names[100:150], "test": names[150:]}
+    (tmp_path / "split.json").write_text(json.dumps(halves))
+    parts = "data.fractions=[0.8,0.1,0.1]" if seen else f"data.split_file={tmp_path / 'split.json'}"
+    tuning = load_config(FinetuneConfig, None, [f"data.target={target}", parts, "seed=0"])
+    before = load_config(PretrainConfig, None, [parts, "seed=0"])
+    tested = select_parts(dataset, tuning.data, 0, known)["test"]
+
+    class Result(TrialResult):
+        errors = dict.fromkeys([dataset.ids[i] for i in tested], 0.1)
+
+    found = seen_structures([Result(Trial("own-0", tuning, Pretraining("both", before)), tmp_path)])
+    assert found == [] if not seen else "has learnt, without labels, from 74 of the 105 crystals" in found[0]
