@@ -87,7 +87,7 @@ def run(
         Path | None, typer.Option("--from", help="Pretrained checkpoint or run folder; scratch when absent.")
     ] = None,
     recipe: Annotated[
-        str, typer.Option("--recipe", help="Which of the protocol's settings: published, tuned, ...")
+        str, typer.Option("--recipe", help="Which of the protocol's settings: published, small, ...")
     ] = "published",
     set_: SetOption = None,
     fold: Annotated[

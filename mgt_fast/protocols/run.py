@@ -38,12 +38,14 @@ class Score:
         by_fold: mean over seeds of each fold's test error.
         by_seed: mean over folds of each seed's.
         crystals: absolute error of each test crystal, the mean over seeds, over all folds.
+        ensemble: mean over folds of the error of the seeds' mean prediction; the `mae` for one seed.
     """
 
     mae: float
     by_fold: Summary
     by_seed: Summary
     crystals: Summary
+    ensemble: float
 
     @property
     def half_interval(self) -> float:
@@ -55,15 +57,18 @@ class Score:
         """Summarize the trials of a protocol, the same seeds in every fold."""
         folds, seeds = ([r.trial.factors[name] for r in results] for name in ("fold", "seed"))
         maes = np.array([r.mae for r in results])
-        errors: dict[tuple[int, str], list[float]] = {}
+        found: dict[int, dict[str, list[float]]] = {}
         for result, fold in zip(results, folds, strict=True):
-            for name, error in result.errors.items():
-                errors.setdefault((fold, name), []).append(error)
+            for name, difference in result.differences.items():
+                found.setdefault(fold, {}).setdefault(name, []).append(difference)
+        crystals = [values for of_fold in found.values() for values in of_fold.values()]
+        means = [np.mean([abs(np.mean(values)) for values in of_fold.values()]) for of_fold in found.values()]
         return cls(
             mae=float(maes.mean()),
             by_fold=summarize([maes[np.equal(folds, fold)].mean() for fold in sorted(set(folds))]),
             by_seed=summarize([maes[np.equal(seeds, seed)].mean() for seed in sorted(set(seeds))]),
-            crystals=summarize([float(np.mean(values)) for values in errors.values()]),
+            crystals=summarize([float(np.abs(values).mean()) for values in crystals]),
+            ensemble=float(np.mean(means)),
         )
 
 
@@ -179,6 +184,9 @@ def report_on(
     name += ", from scratch" if config.start is None else ", pretrained"
     rows = [{"model": one.model, "mae": one.mae, "source": _said(one)} for one in recipe.published]
     rows.append({"model": name, "mae": score.mae, "source": _spreads(score)})
+    if len(seeds) > 1:
+        of_seeds = f"error of the mean prediction of {len(seeds)} seeds"
+        rows.append({"model": f"{name}, ensemble", "mae": score.ensemble, "source": of_seeds})
     unit = f" [{recipe.unit}]" if recipe.unit else ""
     beside = Table(
         f"{recipe.title}: test MAE{unit}",
@@ -241,7 +249,7 @@ def _claims(recipe: Recipe, name: str, score: Score, not_comparable: bool) -> li
     share = (score.mae - best.mae) / best.mae
     found.append(
         f"that is {abs(share):.1%} {'above' if share > 0 else 'below'} the {best.mae:g} published for "
-        f"{best.model}, which have no spread to test against"
+        f"{best.model}{f' ({best.note})' if best.note else ''}, which have no spread to test against"
     )
     return found
 

@@ -96,11 +96,16 @@ class TrialResult:
         return self.results[self.part]["model"]["mae"]
 
     @cached_property
-    def errors(self) -> dict[str, float]:
-        """Absolute error of each crystal of that part, by id."""
+    def differences(self) -> dict[str, float]:
+        """Prediction less target of each crystal of that part, by id."""
         found = read_predictions(self.folder / PREDICTIONS)
         chosen = found.part == self.part
-        return dict(zip(found.ids[chosen], abs(found.error[chosen]).tolist(), strict=True))
+        return dict(zip(found.ids[chosen], found.error[chosen].tolist(), strict=True))
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """Absolute error of each crystal of that part, by id."""
+        return {name: abs(value) for name, value in self.differences.items()}
 
     @cached_property
     def unit(self) -> str | None:
