@@ -43,7 +43,6 @@ HEADER = "id,part,reference gap [eV],prediction gap [eV]\n"
         ("id,prediction gap\na,1\n", "its columns are id, prediction gap"),
         (HEADER + "a,test,1,2\nb,test,1\n", "line 3: 3 values for 4 columns"),
         (HEADER + "a,test,1,high\n", r"column 'prediction gap \[eV\]': .*'high'"),
-        (HEADER + "a" * 200_000 + ",test,1,2\n", "no CSV table"),
         (b"\xff\xfe\x00", "no CSV table"),
     ],
 )
