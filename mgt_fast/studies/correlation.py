@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from .statistics import CONFIDENCE
+from .statistics import CONFIDENCE, excludes_zero
 
 FEWEST = 5
 """Values below which a group or a pair of columns is not tested."""
@@ -35,7 +35,7 @@ class Correlation:
     @property
     def resolved(self) -> bool:
         """Whether p value and interval both exclude that there is none."""
-        return self.p_value < 1 - CONFIDENCE and (self.low > 0 or self.high < 0)
+        return excludes_zero(self.p_value, self.low, self.high)
 
 
 @dataclass(frozen=True)

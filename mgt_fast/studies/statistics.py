@@ -66,7 +66,7 @@ class PairedTest:
     @property
     def resolved(self) -> bool:
         """Whether p value and interval both exclude that there is no difference."""
-        return self.p_value < 1 - CONFIDENCE and (self.low > 0 or self.high < 0)
+        return excludes_zero(self.p_value, self.low, self.high)
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,11 @@ class Comparison:
             f"{plus_minus:.2g}{suffix} (n = {seeds.count} seeds, p = {seeds.p_value:.2g}; "
             f"{self.crystals.count} crystals, p = {self.crystals.p_value:.2g}): {self.verdict}"
         )
+
+
+def excludes_zero(p_value: float, low: float, high: float) -> bool:
+    """Say whether a p value and a confidence interval both exclude 0; NaN excludes nothing."""
+    return p_value < 1 - CONFIDENCE and (low > 0 or high < 0)
 
 
 def summarize(values: Sequence[float]) -> Summary:
