@@ -167,7 +167,7 @@ def prepare(
     sample = [with_part(record) for record in sample]
     records = map(with_part, records)
     keys = _TargetKeys(sample, targets)
-    described = {keys.names[key]: target for key, target in source.targets().items() if key in keys.names}
+    described = {keys.names[key]: target for key, target in source.targets(keys.names).items()}
     wrong = set(units or {}) - set(keys.names.values())
     if wrong:
         raise PrepareError(f"a unit was given for {min(wrong)!r}, which is no target of the dataset")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,6 +15,7 @@ from rich.console import Console
 from ..checkpoint import CheckpointMeta
 from ..data import CrystalDataset
 from ..data.counts import edge_counts, require_graphs
+from ..data.manifest import hash_file
 from ..data.resident import ResidentCrystals
 from ..data.store import MANIFEST
 from ..distributed import Ranks
@@ -177,7 +177,7 @@ def _in_yaml(value: float | str | None) -> str:
 
 def manifest_digest(dataset: CrystalDataset) -> str:
     """Return the SHA-256 of a dataset's manifest, which holds those of its shards."""
-    return hashlib.sha256((dataset.path / MANIFEST).read_bytes()).hexdigest()
+    return hash_file(dataset.path / MANIFEST)
 
 
 def split_digest(config: RunConfig, ranks: Ranks) -> str | None:
@@ -189,7 +189,7 @@ def split_digest(config: RunConfig, ranks: Ranks) -> str | None:
     if config.data.split_file is None:
         return None
     with ranks.together():
-        digest = hashlib.sha256(config.data.split_file.read_bytes()).hexdigest()
+        digest = hash_file(config.data.split_file)
     ranks.require_equal({"SHA-256 of data.split_file": digest}, "parts")
     return digest
 

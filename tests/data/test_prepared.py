@@ -73,6 +73,8 @@ def test_units_that_differ_are_refused(tmp_path):
     with pytest.raises(PrepareError, match=r"b: gap is in meV, but in eV in an earlier input"):
         prepare(paths, tmp_path / "both", workers=0)
     assert not (tmp_path / "both").exists()
+    summary = prepare(paths, tmp_path / "both", targets=[], require_target="none", workers=0)
+    assert summary.stored == 8  # of what is not stored no unit matters
 
 
 def test_a_unit_that_the_user_gives_wins(tmp_path):

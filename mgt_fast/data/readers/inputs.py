@@ -11,7 +11,7 @@ import re
 import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -142,8 +142,8 @@ class Inputs:
                     f"{len(unused)} rows of {labels.name} name no structure, first {unused[0]!r}"
                 )
 
-    def targets(self) -> dict[str, prepared.Target]:
-        """Return the targets of the prepared datasets among the inputs, with their units.
+    def targets(self, wanted: Container[str]) -> dict[str, prepared.Target]:
+        """Return those of the prepared datasets' targets that are wanted, with their units.
 
         Raises:
             PrepareError: if two have a target of one name in different units.
@@ -151,6 +151,8 @@ class Inputs:
         known: dict[str, prepared.Target] = {}
         for folder in filter(None, map(prepared.dataset_folder, self.paths)):
             for name, target in prepared.targets_of(folder).items():
+                if name not in wanted:
+                    continue
                 other = known.setdefault(name, target)
                 if other.unit != target.unit:
                     raise PrepareError(
